@@ -1,0 +1,1 @@
+"""Text generation: sampling and the batched decoding engine."""

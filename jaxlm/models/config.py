@@ -1,0 +1,81 @@
+"""What a decoder is, as one frozen record: every family that jaxlm knows is a setting of these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base, rotated share of the head, and the published rescalings.
+
+    `factor`, `original_length` and the fields below belong to `scaling`:
+    linear (factor), llama3 (factor, low_freq_factor, high_freq_factor, original_length), yarn (factor, beta_fast,
+    beta_slow, original_length, attention_factor), longrope (short_factor, long_factor, original_length,
+    attention_factor).
+    """
+
+    theta: float = 10_000.0
+    rotary_fraction: float = 1.0
+    scaling: Literal["linear", "llama3", "yarn", "longrope"] | None = None
+    factor: float = 1.0
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer. Widths are in units, lengths in tokens.
+
+    norm_placement: "pre" normalises the input of each block (Llama), "post" its output (OLMo 2), "sandwich" both
+    (Gemma 2 and 3). qk_norm: "head" normalises each head's H entries (Qwen 3, Gemma 3), "full" all heads together
+    (OLMo 2). layer_pattern repeats over the layers; "local" layers attend within `window` tokens and use `rope_local`.
+    norm_offset is added to the norm's scale (Gemma: 1.0, with the scale initialised to 0). attention_scale None means
+    1/sqrt(head_dim). embed_scale multiplies the token embeddings. mlp_gated False is fc -> activation -> proj.
+    rope None with learned_positions True is GPT-2. dtype is that of activations and matrix products; parameters are
+    float32 unless the caller stores them otherwise. remat and scan_layers change memory and compile time, never values.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int = 2048
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    qk_norm: Literal["head", "full"] | None = None
+
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    mlp_gated: bool = True
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = True
+    embed_scale: float | None = None
+
+    rope: RopeConfig | None = RopeConfig()
+    rope_local: RopeConfig | None = None
+    learned_positions: bool = False
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    window: int | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    scan_layers: bool = True

@@ -1,0 +1,1 @@
+"""Operations on arrays: no parameters, no configuration."""

@@ -1,0 +1,1 @@
+"""Recipes: what a run does, wired from the packages below."""

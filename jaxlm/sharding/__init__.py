@@ -1,0 +1,1 @@
+"""Meshes, the table of sharding rules, and placement."""
