@@ -1,0 +1,56 @@
+"""What a run prints before step 0: the table of parameters, as a person checks it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxlm.models.spec import Spec, count, flatten
+
+
+def parameter_table(spec: Spec, shardings: Any = None, *, dtype: Any = jnp.float32) -> str:
+    """Path, shape, dtype, sharding and bytes of every parameter, with the totals.
+
+    `shardings` is the tree of `NamedSharding` (None: one device). Bytes are of the whole array and, in the last
+    column, of the part that one device holds.
+
+    >>> from jaxlm.models.spec import Param, zeros
+    >>> print(parameter_table({"w": Param((4, 2), ("embed", None), zeros)}))
+    parameter   shape  dtype    sharding  bytes  per device
+    w           4 x 2  float32  -          32 B        32 B
+    total           8                      32 B        32 B
+    """
+    placed: dict[str, NamedSharding] = {} if shardings is None else flatten(shardings)
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = [("parameter", "shape", "dtype", "sharding", "bytes", "per device")]
+    total = total_local = 0
+    for path, param in flatten(spec).items():
+        sharding = placed.get(path)
+        size = math.prod(param.shape) * itemsize
+        local = size if sharding is None else math.prod(sharding.shard_shape(param.shape)) * itemsize
+        axes = "-" if sharding is None or not any(sharding.spec) else ", ".join(map(_axis, sharding.spec))
+        rows.append((path, " x ".join(map(str, param.shape)), jnp.dtype(dtype).name, axes, _bytes(size), _bytes(local)))
+        total, total_local = total + size, total_local + local
+    rows.append(("total", f"{count(spec):,}", "", "", _bytes(total), _bytes(total_local)))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i > 3 or (i == 1 and row[0] == "total") else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+
+
+def _axis(axis: Any) -> str:
+    return "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis)
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024  # type: ignore[assignment]
+    raise AssertionError
+
+
