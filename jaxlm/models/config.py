@@ -79,3 +79,37 @@ class DecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
     scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if not self.layer_pattern:
+            problems.append("layer_pattern must name at least one layer")
+        if "local" in self.layer_pattern and self.window is None:
+            problems.append("local layers need a window")
+        if (self.rope is None) == (not self.learned_positions):
+            problems.append("give either a rope or learned_positions=True, and not both")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), found {self.dropout}")
+        for name in ("rope", "rope_local"):
+            problems += _rope_problems(name, getattr(self, name), self.head_dim)
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+
+
+def _rope_problems(name: str, rope: RopeConfig | None, head_dim: int) -> list[str]:
+    if rope is None:
+        return []
+    rotary_dim = int(head_dim * rope.rotary_fraction)
+    problems = []
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        problems.append(f"{name} rotates {rotary_dim} of {head_dim} entries: it must be even and within the head")
+    if rope.scaling == "longrope" and {len(rope.short_factor), len(rope.long_factor)} != {rotary_dim // 2}:
+        problems.append(
+            f"{name}.short_factor and long_factor need {rotary_dim // 2} entries each, "
+            f"found {len(rope.short_factor)} and {len(rope.long_factor)}"
+        )
+    if rope.scaling in ("llama3", "yarn", "longrope") and rope.original_length is None:
+        problems.append(f"{name}.scaling={rope.scaling!r} needs original_length")
+    return problems

@@ -1,0 +1,51 @@
+"""Causal attention with grouped heads, segments, windows and soft-caps: one function, an implementation by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from jaxlm.ops.attention import reference
+from jaxlm.typing import Array, Float, Int
+
+Implementation = Literal["reference"]
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.attention}
+
+_logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of each query over the keys that it may see.
+
+    out = softmax(cap * tanh(scale * q k^T / cap)) v, over keys at or before the query, in its segment, in its window
+    (see `jaxlm.ops.masks.attention_mask`); without soft_cap the logits are scale * q k^T. N must be a multiple of K:
+    query head n reads key/value head n // (N / K). implementation: None takes the best for the platform (logged once).
+    A query that may see no key gives 0. Logits and softmax are float32; the result has v's dtype.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    name = implementation or "reference"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention implementation {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if name not in _announced:
+        _announced.add(name)
+        _logger.info("attention: %s", name)
+    return IMPLEMENTATIONS[name](
+        q, k, v, q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments,
+        scale=scale, window=window, soft_cap=soft_cap,
+    )  # fmt: skip
