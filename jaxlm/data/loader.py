@@ -1,0 +1,120 @@
+"""Batches as a pure function of the step: `Loader.batch(step)`, this host's slice of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.data.batch import Row, empty_row, stack_rows
+from jaxlm.data.collate import make_row
+from jaxlm.data.corpus import TokenCorpus
+from jaxlm.data.mixture import Mixture, Part
+from jaxlm.data.packing import Plan
+
+
+class Rows(NamedTuple):
+    """A corpus with the plan of its rows."""
+
+    corpus: TokenCorpus
+    plan: Plan
+    length: int
+    pad_id: int = 0
+    name: str = "data"
+
+    def row(self, i: int) -> Row:
+        """The arrays of row i."""
+        return make_row([(self.corpus[p.document], p.start, p.stop) for p in self.plan[i]], self.length, pad_id=self.pad_id)
+
+    def origins(self, i: int) -> list[str]:
+        """Where the pieces of row i come from."""
+        return [f"{self.corpus.origins[p.document]} targets {p.start}-{p.stop - 1}" for p in self.plan[i]]
+
+
+class Loader:
+    """Training batches of `batch_size` rows over all hosts, a pure function of (seed, step).
+
+    parts: (rows, weight, epochs) of each data set. Host p of n takes the p-th n-th of every global batch, so that the
+    hosts' slices in order are the batch that one host would see. Raises ValueError if the batch does not divide.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Rows, float, int]],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} is not divisible by {process_count} hosts: use a multiple of {process_count}"
+            )
+        self.sources = [rows for rows, _, _ in parts]
+        self.mixture = Mixture([Part(len(r.plan), w, e, r.name) for r, w, e in parts], seed=seed, shuffle=shuffle)
+        self.batch_size = batch_size
+        self._local = batch_size // process_count
+        self._first = process_index * self._local
+
+    @property
+    def num_steps(self) -> int:
+        """Whole batches that the data gives."""
+        return len(self.mixture) // self.batch_size
+
+    def require(self, num_steps: int) -> None:
+        """Raises ValueError unless the data fills `num_steps` batches."""
+        if num_steps <= self.num_steps:
+            return
+        have = ", ".join(f"{p.name}: {p.num_rows:,} rows x {p.epochs} epochs" for p in self.mixture.parts)
+        raise ValueError(
+            f"{num_steps:,} steps of {self.batch_size} rows need {num_steps * self.batch_size:,} rows, but the data gives "
+            f"{len(self.mixture):,} ({have}), enough for {self.num_steps:,} steps: lower train.num_steps or "
+            "data.batch_size, or raise data.epochs"
+        )
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This host's rows of the step's batch: the fields of `jaxlm.data.batch`, each [B/hosts, T]."""
+        first = step * self.batch_size + self._first
+        located = [self.mixture.locate(r) for r in range(first, first + self._local)]
+        return stack_rows([self.sources[part].row(i) for part, i in located])
+
+    def indices(self, step: int) -> list[dict[str, object]]:
+        """What the whole batch of a step was made of: data set, row and origins, for reports on bad steps."""
+        found = []
+        for r in range(step * self.batch_size, (step + 1) * self.batch_size):
+            part, i = self.mixture.locate(r)
+            rows = self.sources[part]
+            found.append({"data": rows.name, "row": i, "origins": rows.origins(i)})
+        return found
+
+    def batches(self, start: int, stop: int, *, num_threads: int = 2, buffer: int = 4) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, batch) from `start` up to `stop`, made ahead of time by Grain's worker threads.
+
+        Starting anywhere costs nothing, and an error names the step. num_threads 0 makes each batch when it is asked.
+        """
+        if num_threads == 0:
+            yield from ((step, self._checked(step)) for step in range(start, stop))
+            return
+        import grain
+
+        steps = grain.MapDataset.range(start, stop).map(lambda step: (int(step), self._checked(int(step))))
+        yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
+
+    def _checked(self, step: int) -> dict[str, np.ndarray]:
+        try:
+            return self.batch(step)
+        except Exception as error:
+            raise RuntimeError(f"making the batch of step {step} failed: {error}") from error
+
+
+def eval_batches(
+    rows: Rows, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every row once, in order; the last batch is filled up with empty rows. Hosts take slices as in training."""
+    local = batch_size // process_count
+    empty = empty_row(rows.length, pad_id=rows.pad_id)
+    for first in range(process_index * local, -(-len(rows.plan) // batch_size) * batch_size, batch_size):
+        yield stack_rows([rows.row(i) if i < len(rows.plan) else empty for i in range(first, first + local)])
