@@ -1,0 +1,64 @@
+"""The oracle: all [N, V] logits in float32 (float64 under x64), differentiated by JAX, forward mode included."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.ops.token_stats.contract import Output, TokenStats
+from jaxlm.typing import Array, Float, Int
+
+
+def dense(
+    hidden: Float[Array, "N D"],
+    unembed: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    *,
+    bias: Float[Array, "V"] | None,
+    temperature: Float[Array, ""] | None,
+    soft_cap: float | None,
+    outputs: tuple[Output, ...],
+) -> TokenStats:
+    """Statistics of N tokens from materialised logits; holds several [N, V] arrays.
+
+    Numerics: unembed is first rounded to the dtype of hidden, as the fast implementations do; from there on everything
+    is float32 or wider, gradients included.
+    """
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    table = unembed.astype(hidden.dtype).astype(wide)
+    logits = jnp.matmul(hidden.astype(wide), table.T, precision=jax.lax.Precision.HIGHEST)
+    logits = logits if bias is None else logits + bias.astype(wide)
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+    return from_logits(logits, targets, temperature=temperature, outputs=outputs)
+
+
+def from_logits(
+    logits: Float[Array, "N V"],
+    targets: Int[Array, "N"],
+    *,
+    temperature: Float[Array, ""] | None,
+    outputs: tuple[Output, ...],
+) -> TokenStats:
+    """Statistics of N tokens whose float32 (or wider) logits are at hand."""
+    if temperature is not None:
+        logits = logits / temperature.astype(logits.dtype)
+    log_probs = jax.nn.log_softmax(logits)
+    return TokenStats(
+        logprob=_pick(log_probs, targets) if "logprob" in outputs else None,
+        entropy=_entropy(log_probs) if "entropy" in outputs else None,
+        logsumexp=jax.nn.logsumexp(logits, axis=-1) if "logsumexp" in outputs else None,
+    )
+
+
+def _pick(log_probs: Float[Array, "N V"], targets: Int[Array, "N"]) -> Float[Array, "N"]:
+    vocab = log_probs.shape[-1]
+    known = (targets >= 0) & (targets < vocab)
+    index = jnp.where(known, targets, 0)
+    return jnp.where(known, jnp.take_along_axis(log_probs, index[:, None], axis=1)[:, 0], -jnp.inf)
+
+
+def _entropy(log_probs: Float[Array, "N V"]) -> Float[Array, "N"]:
+    # A logit of -inf has probability 0 and adds 0, not 0 * -inf; the 0 stands in before the product, so that the
+    # gradient is free of NaN too.
+    finite = jnp.where(jnp.isneginf(log_probs), 0, log_probs)
+    return -jnp.sum(jnp.exp(log_probs) * finite, axis=-1)

@@ -1,0 +1,93 @@
+"""token_stats over a mesh: tokens split over some axes, the vocabulary over another, one device's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.ops.token_stats.contract import (
+    Output,
+    TokenStats,
+    blank,
+    check_outputs,
+    check_shapes,
+    check_soft_cap,
+    check_temperature,
+    silence,
+)
+from jaxlm.ops.token_stats.tiled import tiled
+from jaxlm.typing import Array, Bool, Float, Int
+
+
+def token_stats_sharded(
+    hidden: Float[Array, "B T D"],
+    unembed: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    mesh: Mesh,
+    token_axes: tuple[Any, Any],
+    vocab_axis: str | None,
+    mask: Bool[Array, "B T"] | None = None,
+    bias: Float[Array, "V"] | None = None,
+    temperature: float | Float[Array, ""] = 1.0,
+    soft_cap: float | None = None,
+    outputs: Collection[Output] = ("logprob", "entropy"),
+) -> TokenStats:
+    """`token_stats` on a mesh: value and gradient are those of one device.
+
+    Each device holds its tokens and its shard of the vocabulary; what crosses the vocabulary axis is one maximum and
+    one fused sum of [tokens] numbers forward, and the gradient of hidden backward. Over the token axes, the gradient
+    of unembed is summed once.
+
+    mesh: the mesh. token_axes: the mesh axes over which B and T are split, as in a PartitionSpec: each a name, a tuple
+    of names, or None. vocab_axis: the mesh axis over which V is split, or None. All other arguments, the result (split
+    like the tokens) and the numerics are those of `token_stats`, computed by its `tiled` implementation. Axes of the
+    mesh that are named nowhere hold copies. Call it inside `jax.jit` on a mesh with Auto axes.
+
+    Source: the vocabulary-parallel softmax of Shoeybi et al. 2019, arXiv:1909.08053, section 3, with the entropy's
+    accumulator added.
+    """
+    targets = jnp.asarray(targets)
+    check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
+    _check_split(mesh, "vocab_axis", vocab_axis, "vocabulary", unembed.shape[0])
+    for name, axes, size in zip(("B", "T"), token_axes, targets.shape):
+        _check_split(mesh, "token_axes", axes, name, size)
+    soft_cap, outputs = check_soft_cap(soft_cap), check_outputs(outputs)
+
+    def local(hidden, unembed, targets, bias, temperature):
+        start = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * unembed.shape[0]
+        stats = tiled(
+            hidden.reshape(-1, hidden.shape[-1]),
+            unembed,
+            targets.reshape(-1) - start,
+            bias=bias,
+            temperature=temperature,
+            soft_cap=soft_cap,
+            outputs=outputs,
+            axis=vocab_axis,
+        )
+        return jax.tree.map(lambda x: x.reshape(targets.shape), stats)
+
+    tokens, vocab = P(*token_axes), P(vocab_axis)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, vocab, tokens, vocab, P()), out_specs=tokens)
+    stats = run(blank(hidden, mask), unembed, targets, bias, check_temperature(temperature))
+    return silence(stats, mask)
+
+
+def _check_split(mesh: Mesh, argument: str, axes: Any, what: str, size: int) -> None:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    unknown = [name for name in names if name not in mesh.shape]
+    if unknown:
+        raise ValueError(f"{argument}: expected axes of the mesh {tuple(mesh.shape)}, found {unknown}")
+    parts = math.prod(mesh.shape[name] for name in names)
+    if size % parts:
+        raise ValueError(
+            f"{argument}: the {what} of {size} does not divide over the {parts} devices of {names}; "
+            f"pad it to {-(-size // parts) * parts}, or split it over fewer devices"
+        )

@@ -1,0 +1,295 @@
+"""Plain XLA, one block of the vocabulary at a time: no [N, V] array, forward or backward.
+
+Forward, one online pass. State per token: running maximum m, and over the entries seen so far l = sum e,
+t = sum e * (z - m) with e = exp(z - m), and a, the target's logit. A block that raises the maximum to m' rescales by
+r = exp(m - m'):
+
+    l' = r l + sum e        t' = r (t + (m - m') l) + sum e (z - m')        a' = a + [target in block] z_target
+
+    logsumexp = m + log l   logprob = (a - m) - log l                       entropy = log l - t / l
+
+t is shifted by the maximum, so l >= 1 and t <= 0: a log-probability is never positive and an entropy never negative,
+and a common offset of the logits costs no digits. Backward recomputes z; with cotangents (g, h, s):
+
+    dz = g [target] + p (s - g - h (z - mean))      p = exp(z - m - log l)      z - mean = z - m - t / l
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.ops.token_stats.contract import Output, TokenStats
+from jaxlm.typing import Array, Bool, Float, Int
+
+TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 1 << 26}
+"""Logits held at once, by platform: what fits the caches, the vector memory, or fills the device."""
+
+
+class _Plan(NamedTuple):
+    """What is fixed at trace time."""
+
+    outputs: tuple[Output, ...]
+    soft_cap: float | None
+    block: int
+    axis: str | None
+
+
+class _Head(NamedTuple):
+    """What the logits of a block are made of."""
+
+    hidden: Float[Array, "N D"]
+    unembed: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+    temperature: Float[Array, ""] | None
+
+
+class _Sums(NamedTuple):
+    """The running state of each token."""
+
+    maximum: Float[Array, "N"]
+    exp: Float[Array, "N"]
+    shifted: Float[Array, "N"] | None
+    target: Float[Array, "N"] | None
+
+
+def tiled(
+    hidden: Float[Array, "N D"],
+    unembed: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    *,
+    bias: Float[Array, "V"] | None,
+    temperature: Float[Array, ""] | None,
+    soft_cap: float | None,
+    outputs: tuple[Output, ...],
+    block: int | None = None,
+    axis: str | None = None,
+) -> TokenStats:
+    """Statistics of N tokens, blockwise over the vocabulary.
+
+    block: entries of the vocabulary at once (None: by N and platform). axis: the mesh axis over which the vocabulary is
+    split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets count from its first entry.
+    Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
+    everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
+    the two products that consume it.
+    """
+    block = block or default_block(hidden.shape[0])
+    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), axis)
+    head, targets = _vary_alike((_Head(hidden, unembed, bias, temperature), targets))
+    return _stats(plan, head, targets)
+
+
+def default_block(num_tokens: int) -> int:
+    """Width of a block such that the tile of logits suits the platform: a multiple of 128, from 512 to 16384."""
+    elements = TILE_ELEMENTS.get(jax.default_backend(), 1 << 20)
+    return min(max(elements // max(num_tokens, 1) // 128 * 128, 512), 16384)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> TokenStats:
+    return _stats_fwd(plan, head, targets)[0]
+
+
+def _stats_fwd(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> tuple[TokenStats, Any]:
+    sums = _over_vocabulary(
+        partial(_accumulate, plan, head, targets), _empty_sums(plan, head), head.unembed.shape[0], plan.block
+    )
+    known = _inside(targets, head.unembed.shape[0])
+    if plan.axis is not None:
+        sums, known = _join(sums, known, plan.axis)
+    # Exact in exact arithmetic; a fused recomputation of z may differ from its own maximum in the last bit.
+    total = jnp.where(sums.exp < 1, 1, sums.exp)
+    log_total = jnp.log(total)
+    shift = None if sums.shifted is None else jnp.where(sums.shifted > 0, 0, sums.shifted) / total
+    logprob = None
+    if sums.target is not None:
+        logprob = (sums.target - sums.maximum) - log_total
+        logprob = jnp.where(known, jnp.where(logprob > 0, 0, logprob), -jnp.inf)
+    stats = TokenStats(
+        logprob=logprob,
+        entropy=None if shift is None else log_total - shift,
+        logsumexp=sums.maximum + log_total if "logsumexp" in plan.outputs else None,
+    )
+    return stats, (head, targets, known, sums.maximum, log_total, shift)
+
+
+def _empty_sums(plan: _Plan, head: _Head) -> _Sums:
+    zeros = _zeros(head.hidden.shape[:1], _wide(head), head.hidden)
+    return _Sums(
+        maximum=zeros + jnp.finfo(zeros.dtype).min,
+        exp=zeros,
+        shifted=zeros if "entropy" in plan.outputs else None,
+        target=zeros if "logprob" in plan.outputs else None,
+    )
+
+
+def _accumulate(plan: _Plan, head: _Head, targets: Array, sums: _Sums, start: Array | int, width: int) -> _Sums:
+    z = _activate(plan, head, _products(head, start, width))
+    # The results do not depend on the shift, so neither do their derivatives.
+    maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, z.max(axis=1)))
+    below = z - maximum[:, None]
+    e = jnp.exp(below)
+    fall = jnp.where(sums.exp > 0, sums.maximum - maximum, 0)
+    rescale = jnp.exp(fall)
+    shifted = sums.shifted
+    if shifted is not None:
+        shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(_times_log(e, below), axis=1)
+    target = sums.target
+    if target is not None:
+        target = target + jnp.sum(jnp.where(_hits(targets, start, width), z, 0), axis=1)
+    return _Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
+
+
+def _join(sums: _Sums, known: Bool[Array, "N"], axis: str) -> tuple[_Sums, Bool[Array, "N"]]:
+    """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each."""
+    maximum = jax.lax.pmax(sums.maximum, axis)
+    fall = sums.maximum - maximum
+    weight = jnp.exp(fall)
+    parts = {"exp": weight * sums.exp, "known": known.astype(maximum.dtype)}
+    if sums.shifted is not None:
+        parts["shifted"] = weight * (sums.shifted + fall * sums.exp)
+    if sums.target is not None:
+        parts["target"] = sums.target
+    parts = jax.lax.psum(parts, axis)
+    known = parts.pop("known") > 0
+    return sums._replace(maximum=maximum, **parts), known
+
+
+def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[_Head, None]:
+    head, targets, known, maximum, log_total, shift = residuals
+    zeros = jnp.zeros_like(log_total)
+    g = zeros if cotangents.logprob is None else jnp.where(known, cotangents.logprob, 0)
+    s = zeros if cotangents.logsumexp is None else cotangents.logsumexp
+    row = _Row(maximum, log_total, shift, g, s - g, cotangents.entropy)
+    zero = partial(_zeros, like=head.hidden)
+    carry = _Gradient(
+        hidden=zero(head.hidden.shape, _wide(head)),
+        unembed=zero(head.unembed.shape, head.unembed.dtype),
+        bias=None if head.bias is None else zero(head.bias.shape, head.bias.dtype),
+    )
+    step = partial(_backpropagate, plan, head, targets, row)
+    grad = _over_vocabulary(step, carry, head.unembed.shape[0], plan.block)
+    temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
+    return _Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None
+
+
+_stats.defvjp(_stats_fwd, _stats_bwd)
+
+
+class _Row(NamedTuple):
+    """Per token: the residuals, and the coefficients of dz."""
+
+    maximum: Float[Array, "N"]
+    log_total: Float[Array, "N"]
+    shift: Float[Array, "N"] | None
+    on_target: Float[Array, "N"]
+    on_all: Float[Array, "N"]
+    on_entropy: Float[Array, "N"] | None
+
+
+class _Gradient(NamedTuple):
+    """The running gradients; those of unembed and bias are written block by block."""
+
+    hidden: Float[Array, "N D"]
+    unembed: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+
+
+def _backpropagate(
+    plan: _Plan, head: _Head, targets: Array, row: _Row, grad: _Gradient, start: Array | int, width: int
+) -> _Gradient:
+    z, pull = jax.vjp(partial(_activate, plan, head), _products(head, start, width))
+    (du,) = pull(_logit_gradient(row, z, _hits(targets, start, width)))
+    narrow = du.astype(head.hidden.dtype)
+    dot = partial(_dot, precision=_precision(head), dtype=_wide(head))
+    block = _rows(head.unembed, start, width).astype(narrow.dtype)
+    return _Gradient(
+        hidden=grad.hidden + dot(narrow, block, ((1,), (0,))),
+        unembed=_write(grad.unembed, dot(narrow, head.hidden, ((0,), (0,))), start),
+        bias=None if grad.bias is None else _write(grad.bias, du.sum(axis=0), start),
+    )
+
+
+def _logit_gradient(row: _Row, z: Float[Array, "N C"], hits: Bool[Array, "N C"]) -> Float[Array, "N C"]:
+    below = z - row.maximum[:, None]
+    p = jnp.exp(below - row.log_total[:, None])
+    dz = p * row.on_all[:, None] + jnp.where(hits, row.on_target[:, None], 0)
+    if row.on_entropy is None:
+        return dz
+    return dz - row.on_entropy[:, None] * _times_log(p, below - row.shift[:, None])
+
+
+def _products(head: _Head, start: Array | int, width: int) -> Float[Array, "N C"]:
+    """A block of hidden @ unembed.T + bias, accumulated in float32."""
+    block = _rows(head.unembed, start, width).astype(head.hidden.dtype)
+    u = _dot(head.hidden, block, ((1,), (1,)), precision=_precision(head), dtype=_wide(head))
+    return u if head.bias is None else u + _rows(head.bias, start, width).astype(u.dtype)
+
+
+def _activate(plan: _Plan, head: _Head, u: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """Soft-cap, then temperature."""
+    if plan.soft_cap is not None:
+        u = plan.soft_cap * jnp.tanh(u / plan.soft_cap)
+    return u if head.temperature is None else u / head.temperature.astype(u.dtype)
+
+
+def _over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: int) -> Any:
+    """Carries `step(carry, start, width)` over all blocks; the ragged last one is narrower, never padded."""
+    # Under a second differentiation a block is recomputed; in the first it makes no difference.
+    step = jax.checkpoint(step, static_argnums=(2,))
+    whole = vocab // block
+    carry, _ = jax.lax.scan(lambda c, i: (step(c, i * block, block), None), carry, jnp.arange(whole))
+    return step(carry, whole * block, vocab % block) if vocab % block else carry
+
+
+def _times_log(e: Array, log_e: Array) -> Array:
+    """e * log_e, and 0 for the logit -inf of a forbidden entry."""
+    return e * jnp.where(e > 0, log_e, 0)
+
+
+def _hits(targets: Int[Array, "N"], start: Array | int, width: int) -> Bool[Array, "N C"]:
+    return (targets - start)[:, None] == jnp.arange(width, dtype=targets.dtype)
+
+
+def _inside(targets: Int[Array, "N"], vocab: int) -> Bool[Array, "N"]:
+    return (targets >= 0) & (targets < vocab)
+
+
+def _rows(x: Array, start: Array | int, width: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, width)
+
+
+def _write(x: Array, block: Array, start: Array | int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis=0)
+
+
+def _dot(a: Array, b: Array, contract: tuple, *, precision: Any, dtype: Any) -> Array:
+    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _wide(head: _Head) -> Any:
+    return jnp.promote_types(head.hidden.dtype, jnp.float32)
+
+
+def _precision(head: _Head) -> jax.lax.Precision | None:
+    """Float32 operands are meant: without this, GPUs use TF32 and TPUs one pass of bfloat16."""
+    return jax.lax.Precision.HIGHEST if head.hidden.dtype.itemsize >= 4 else None
+
+
+def _vary_alike(tree: Any) -> Any:
+    """Inside shard_map: every operand varies over the union of the axes, so that JAX sums the gradients over them."""
+    union = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: _vary(x, union), tree)
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+    return _vary(jnp.zeros(shape, dtype), jax.typeof(like).mat.varying)
