@@ -1,0 +1,40 @@
+"""What a run reads, as one typed record."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxlm.data.sources import SourceConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Sources, tokenizer, and the shape and order of batches.
+
+    tokenizer: "bytes", a sentencepiece .model, or a folder with a tokenizer. train: sources, mixed by their weights.
+    heldout: sources evaluated on, each by its name. sequence_length: targets per row. batch_size: rows per step over
+    all devices and hosts. packing: stream (text in a line, cut), pack (whole examples), pad (one a row). epochs: how
+    often the data may repeat; a run that needs more is refused before step 0. completion_only: see
+    `jaxlm.data.encode.Encoder`. bad_rows: refuse stops at the first bad row, skip counts and leaves them out.
+    overlong: what pack and pad do with an example beyond sequence_length: refuse, skip (counted), or truncate at the
+    end (counted; an example that would keep no target is skipped and counted). cache_dir: keeps tokenised corpora.
+    num_threads: workers that make batches ahead; 0 makes them in the loop.
+    """
+
+    train: tuple[SourceConfig, ...]
+    heldout: tuple[SourceConfig, ...] = ()
+    tokenizer: str = "bytes"
+    sequence_length: int = 512
+    batch_size: int = 8
+    eval_batch_size: int | None = None
+    packing: Literal["stream", "pack", "pad"] = "stream"
+    shuffle: bool = True
+    seed: int = 0
+    epochs: int = 1
+    completion_only: bool = True
+    chat_template: str | None = None
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    overlong: Literal["refuse", "skip", "truncate"] = "refuse"
+    cache_dir: str | None = None
+    num_threads: int = 2

@@ -1,0 +1,139 @@
+"""From a data config to loaders: open, encode, keep as a corpus, plan rows."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxlm.data.collate import num_targets
+from jaxlm.data.config import DataConfig
+from jaxlm.data.corpus import TokenCorpus
+from jaxlm.data.document import Document
+from jaxlm.data.encode import Encoder
+from jaxlm.data.errors import BadRow
+from jaxlm.data.loader import Loader, Rows
+from jaxlm.data.packing import Plan, StreamPlan, pack, pad
+from jaxlm.data.sources import SourceConfig, describe, open_source
+from jaxlm.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """What `build` returns: the training loader, the held-out rows by name, and the rows left out, by reason."""
+
+    train: Loader
+    heldout: dict[str, Rows]
+    skipped: collections.Counter[str]
+    fingerprint: str
+
+
+def build(cfg: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1) -> Datasets:
+    """Reads and tokenises every source, plans its rows, and counts what was left out.
+
+    Raises ValueError (BadRow) at the first bad row unless cfg.bad_rows is "skip".
+    """
+    skipped: collections.Counter[str] = collections.Counter()
+    train = [(read_rows(s, cfg, tokenizer, skipped, training=True), s.weight, cfg.epochs) for s in cfg.train]
+    if not train:
+        raise ValueError("data.train names no source")
+    heldout = {describe(s): read_rows(s, cfg, tokenizer, skipped) for s in cfg.heldout}
+    if len(heldout) != len(cfg.heldout):
+        raise ValueError("data.heldout: two sources have the same name; set `name` on each")
+    loader = Loader(
+        train,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        shuffle=cfg.shuffle,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    prints = [rows.corpus.fingerprint() for rows, *_ in train] + [rows.corpus.fingerprint() for rows in heldout.values()]
+    return Datasets(loader, heldout, skipped, hashlib.sha256("".join(prints).encode()).hexdigest()[:16])
+
+
+def read_rows(
+    source: SourceConfig,
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    skipped: collections.Counter[str],
+    *,
+    training: bool = False,
+) -> Rows:
+    """One source as planned rows; `skipped` collects what was left out, by reason."""
+    corpus = _corpus(source, cfg, tokenizer, skipped)
+    if not len(corpus):
+        raise ValueError(f"source {describe(source)}: every row was left out: {dict(skipped)}")
+    plan = _plan(corpus, cfg, shuffle=training and cfg.shuffle)
+    return Rows(corpus, plan, cfg.sequence_length, tokenizer.pad_id, describe(source))
+
+
+def _plan(corpus: TokenCorpus, cfg: DataConfig, *, shuffle: bool) -> Plan:
+    lengths = corpus.num_targets()
+    if cfg.packing == "stream":
+        # Neighbours in a row should not be neighbours in the source.
+        order = np.random.default_rng(cfg.seed).permutation(len(lengths)) if shuffle else None
+        return StreamPlan(lengths, cfg.sequence_length, order)
+    return pack(lengths, cfg.sequence_length) if cfg.packing == "pack" else pad(lengths)
+
+
+def _corpus(
+    source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, skipped: collections.Counter[str]
+) -> TokenCorpus:
+    if cfg.cache_dir is None:
+        return TokenCorpus.from_documents(_documents(source, cfg, tokenizer, skipped))
+    opened = open_source(source)
+    inputs = (source, len(opened), opened.origin(0), tokenizer.fingerprint(), cfg.sequence_length, cfg.packing,
+              cfg.completion_only, cfg.chat_template, cfg.bad_rows, cfg.overlong)  # fmt: skip
+    folder = Path(cfg.cache_dir) / hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        TokenCorpus.from_documents(_documents(source, cfg, tokenizer, skipped)).save(folder)
+    return TokenCorpus.load(folder)
+
+
+def _documents(
+    source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, skipped: collections.Counter[str]
+) -> Iterator[Document]:
+    encode = Encoder(tokenizer, source.text_field, cfg.completion_only, cfg.chat_template)
+    opened = open_source(source)
+    for i in tqdm(range(len(opened)), desc=f"tokenising {describe(source)}", unit="row", disable=None, leave=False, delay=1):
+        try:
+            document = encode(opened[i], opened.origin(i))
+            yield document if cfg.packing == "stream" else _fit(document, cfg, skipped)
+        except BadRow as error:
+            skippable = cfg.overlong if error.reason == OVERLONG else cfg.bad_rows
+            if skippable == "refuse":
+                raise
+            skipped[error.reason] += 1
+
+
+OVERLONG = "over-long"
+
+
+def _fit(document: Document, cfg: DataConfig, skipped: collections.Counter[str]) -> Document:
+    """The example within sequence_length targets, by the rule of cfg.overlong."""
+    if num_targets(document) <= cfg.sequence_length:
+        return document
+    if cfg.overlong != "truncate":
+        raise BadRow(
+            document.origin,
+            OVERLONG,
+            f"{num_targets(document)} targets, sequence_length={cfg.sequence_length} (or set data.overlong)",
+        )
+    cut = Document(*(a[: cfg.sequence_length + 1] for a in document[:3]), document.origin)
+    if not cut.mask[1:].any():
+        raise BadRow(document.origin, OVERLONG, "truncation would leave nothing to predict")
+    skipped["truncated"] += 1
+    return cut
+
+
+def texts(source: SourceConfig) -> Iterator[bytes]:
+    """The raw text of a source's plain-text rows: what a compressor gets to see."""
+    opened = open_source(source)
+    for i in range(len(opened)):
+        yield opened[i][source.text_field].encode()
