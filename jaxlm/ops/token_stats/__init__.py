@@ -46,8 +46,8 @@ def token_stats(
 ) -> TokenStats:
     """Log-probability of each target and entropy of its distribution, without ever holding [tokens, vocab].
 
-        u = unembed @ hidden + bias      z = soft_cap * tanh(u / soft_cap) / temperature    p = softmax(z)
-        logprob = log p[target]          entropy = -sum_v p_v log p_v                       logsumexp = log sum_v exp z_v
+        u = unembed @ hidden + bias    z = soft_cap * tanh(u / soft_cap) / temperature    p = softmax(z)
+        logprob = log p[target]        entropy = -sum_v p_v log p_v                       logsumexp = log sum_v exp z_v
 
     hidden: [..., D], any float dtype; the products run in it. unembed: [V, D] (rounded to the dtype of hidden, block by
     block). targets: [...] integers in [0, V). mask: [...] boolean, True keeps (None: all). bias: [V]; -inf forbids an
