@@ -16,9 +16,12 @@ def root() -> Path:
 
 
 def paths() -> list[Path]:
-    """Its .py files in a stable order, without tests, tables and third-party packages; ValueError if there are none."""
+    """Its .py files in a stable order, but for empty ones, tests, tables and third-party packages.
+
+    Raises ValueError if this Python has none.
+    """
     base = root()
-    found = [p for p in base.rglob("*.py") if not SKIPPED & set(p.relative_to(base).parts[:-1])]
+    found = [p for p in base.rglob("*.py") if not SKIPPED & set(p.relative_to(base).parts[:-1]) and p.stat().st_size]
     if not found:
         raise ValueError(f"no Python sources under {base}: this Python is installed without its library's source files")
     return sorted(found, key=lambda p: p.relative_to(base).as_posix())

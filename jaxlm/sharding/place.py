@@ -1,0 +1,47 @@
+"""Putting arrays where the rules say: activations inside jit, batches from each host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.sharding.rules import RULES, MeshAxes, batch_parts, batch_sharding, partition_spec
+from jaxlm.typing import Array, Batch, Constrain
+
+
+def make_constrain(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Constrain:
+    """The function that pins an activation to the mesh by its logical axes; the identity on one device."""
+    if mesh.size == 1:
+        return _identity
+
+    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules)))
+
+    return constrain
+
+
+def _identity(x: Array, axes: tuple[str | None, ...]) -> Array:
+    return x
+
+
+def check_batch(mesh: Mesh, *, batch_size: int, num_microbatches: int = 1, sequence_length: int) -> None:
+    """Raises ValueError, with the numbers and the way out, unless every micro-batch divides over the mesh."""
+    parts = batch_parts(mesh) * num_microbatches
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by slice*data*fsdp*num_microbatches = {parts}: "
+            f"use {max(1, batch_size // parts) * parts} or {-(-batch_size // parts) * parts}"
+        )
+    if sequence_length % mesh.shape["sequence"]:
+        raise ValueError(f"sequence_length={sequence_length} is not divisible by mesh.sequence={mesh.shape['sequence']}")
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This host's rows of a batch as global arrays on the mesh; every host contributes its own slice."""
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, where) for name, x in batch.items()}
+    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
