@@ -1,0 +1,314 @@
+"""Checkpoints: saved in the background, atomic, checked leaf by leaf on the way back. The only file that knows Orbax.
+
+    <directory>/<step>/params, ema, opt_state, counters    one folder per part, so that parameters load without the rest
+    <directory>/<step>/_CHECKPOINT_METADATA                JSON: the caller's record, metrics, and the manifest
+
+Orbax writes into a temporary folder and renames it when it is whole, so a step that is listed is complete whenever the
+process is killed. Two things it does not do are done here. It casts a leaf to the dtype that is asked for without a
+word: the manifest records path, shape and dtype of every leaf, and a difference is an error. It stores array data
+without a checksum, so that a damaged byte would load as another number: the manifest holds a checksum per leaf,
+computed on the devices, equal on any mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm.train.memory import rss_bytes
+from jaxlm.typing import Array, Int, Params
+
+State = TypeVar("State")
+Manifest = dict[str, dict[str, Any]]
+
+_log = logging.getLogger(__name__)
+_DELETED = ".deleted"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_MAX_LISTED = 20
+
+
+class Checkpoints:
+    """Saves the states of one run and keeps the last few and the best.
+
+    directory: a local path, or a bucket such as gs://…; keep_last: how many of the newest steps to keep, >= 1;
+    best_metric: name in the metrics given to `save` whose best step is kept too (None: no best); best_mode: whether
+    the lowest or the highest value is best.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last: expected at least 1, found {keep_last}; the newest step is what a run resumes")
+        self._directory = _folder(directory)
+        self._keep_last = keep_last
+        self._best_metric = best_metric
+        self._sign = {"min": 1.0, "max": -1.0}[best_mode]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._scores: dict[int, float | None] = {}
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+        for step in all_steps(self._directory):
+            self._scores[step] = self._score(load_record(self._directory, step)["metrics"])
+
+    def save(
+        self, step: int, state: Any, *, record: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts saving `state` (a dataclass of arrays) as `step`, and returns once its arrays may be overwritten.
+
+        record: JSON values to find the run again (config, seed, versions); metrics: of this very step, for keeping the
+        best. Waits for the save before it, so that at most one copy of the state is held in host memory; raises what
+        that one failed with.
+        """
+        self.wait()
+        before, start = rss_bytes(), time.perf_counter()
+        parts = _parts(state)
+        metadata: dict[str, Any] = {
+            "step": step,
+            "record": dict(record or {}),
+            "metrics": dict(metrics or {}),
+            "manifest": _manifest(parts),
+        }
+        path = self._directory / str(step)
+        if _is_whole(path):
+            raise ValueError(f"checkpoint {path} is already there; a step is saved once")
+        # overwrite: what stands there is half of a save that was killed (in a bucket there is no rename to hide it).
+        response = ocp.save_checkpointables_async(path, parts, overwrite=True, custom_metadata=metadata)
+        _log.info(
+            "step %d: copied to host in %.2f s, rss %.2f GB before and %.2f GB after",
+            *(step, time.perf_counter() - start, before / 1e9, rss_bytes() / 1e9),
+        )
+        self._pending = self._thread.submit(self._finish, step, response, self._score(metadata["metrics"]), start)
+
+    def raise_if_failed(self) -> None:
+        """Raises what the save in the background failed with, if it has; returns at once while it is under way."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved; raises what the save failed with."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            raise RuntimeError(f"a checkpoint could not be saved under {self._directory}: {error}") from error
+
+    def close(self) -> None:
+        """Finishes the save under way."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def steps(self) -> list[int]:
+        """The steps that are saved whole, ascending."""
+        return all_steps(self._directory)
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[Any], score: float | None, start: float) -> None:
+        response.result()
+        self._scores[step] = score
+        _log.info("step %d: saved %.2f s after it began, rss %.2f GB", step, time.perf_counter() - start, rss_bytes() / 1e9)
+        if jax.process_index() == 0:
+            for old in expired(self._scores, keep_last=self._keep_last):
+                self._delete(old)
+                del self._scores[old]
+
+    def _score(self, metrics: Mapping[str, float]) -> float | None:
+        """The best metric with its sign turned so that less is better."""
+        if self._best_metric is None or self._best_metric not in metrics:
+            return None
+        return self._sign * metrics[self._best_metric]
+
+    def _delete(self, step: int) -> None:
+        # Renamed first: a kill in the middle must not leave half a step under a step's name.
+        doomed = self._directory / f"{step}{_DELETED}"
+        (self._directory / str(step)).rename(doomed)
+        doomed.rmtree()
+
+    def _sweep(self) -> None:
+        for path in self._directory.iterdir():
+            if path.name.endswith(_DELETED) or _TEMPORARY in path.name:
+                path.rmtree()
+
+
+def expired(scores: Mapping[int, float | None], *, keep_last: int) -> list[int]:
+    """The steps to delete: all but the newest `keep_last` and the one with the least score (None: not scored).
+
+    >>> expired({10: 3.0, 20: 1.0, 30: 2.0, 40: None}, keep_last=2)
+    [10]
+    """
+    scored = [step for step in sorted(scores) if scores[step] is not None]
+    best = min(scored, key=lambda step: scores[step] or 0.0, default=None)
+    newest = sorted(scores)[-keep_last:]
+    return [step for step in sorted(scores) if step not in newest and step != best]
+
+
+def all_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps saved whole under `directory`, ascending; empty where there is no such folder."""
+    folder = _folder(directory)
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_whole(path))
+
+
+def _is_whole(path: epath.Path) -> bool:
+    # Orbax knows its temporary folders and commit markers, but takes an empty folder for a checkpoint.
+    return (path / "_CHECKPOINT_METADATA").exists() and ocp.is_orbax_checkpoint(path)
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """The newest step saved whole under `directory`; None if there is none."""
+    return max(all_steps(directory), default=None)
+
+
+def load_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """What was saved beside the arrays: dict(step, record, metrics, manifest)."""
+    path = _folder(directory) / str(step)
+    try:
+        metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+        return {name: metadata[name] for name in ("step", "record", "metrics", "manifest")}
+    except Exception as error:
+        raise _damaged(path, "its metadata cannot be read") from error
+
+
+def load_state(directory: str | os.PathLike[str], target: State, *, step: int | None = None) -> State:
+    """The saved state, laid out as `target`: its tree, shapes and dtypes exactly, placed by its shardings.
+
+    target: a dataclass of `jax.ShapeDtypeStruct` (or arrays) with shardings, of any mesh; a leaf without one goes to
+    the first device. step: None takes the newest. Raises ValueError naming every leaf that is missing, not expected,
+    or of another shape or dtype, and if the checkpoint is damaged.
+    """
+    parts = _load(_step_path(directory, step), _parts(target), whole=True)
+    filled = {field.name: getattr(target, field.name) for field in dataclasses.fields(target)}  # type: ignore[arg-type]
+    filled |= {**parts, **parts.get("counters", {})}
+    return dataclasses.replace(target, **{k: v for k, v in filled.items() if k != "counters"})  # type: ignore[type-var]
+
+
+def load_params(
+    directory: str | os.PathLike[str], target: Params, *, step: int | None = None, ema: bool = False
+) -> Params:
+    """Only the parameters (or their moving average) of a saved state, strictly as `load_state`; reads nothing else."""
+    part = "ema" if ema else "params"
+    return _load(_step_path(directory, step), {part: target}, whole=False)[part]
+
+
+def _load(path: epath.Path, targets: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    manifest = load_record(path.parent, int(path.name))["manifest"]
+    if not whole:
+        manifest = {name: leaf for name, leaf in manifest.items() if name.split("/")[0] in targets}
+    _check(path, manifest, targets)
+    try:
+        loaded = ocp.load_checkpointables(path, jax.tree.map(_placed, targets))
+    except Exception as error:
+        raise _damaged(path, "its arrays cannot be read") from error
+    found = _manifest(loaded)
+    damaged = [name for name in found if found[name]["checksum"] != manifest[name]["checksum"]]
+    if damaged:
+        raise _damaged(path, f"the checksum differs in {', '.join(damaged[:_MAX_LISTED])}")
+    return loaded
+
+
+def _check(path: epath.Path, manifest: Manifest, targets: dict[str, Any]) -> None:
+    """Raises unless the saved leaves are the wanted ones, in path, shape and dtype."""
+    wanted = {name: _describe(leaf) for name, leaf in _leaves(targets).items()}
+    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in manifest.items()}
+    problems = [f"{name}: expected {wanted[name]}, not in the checkpoint" for name in wanted if name not in saved]
+    problems += [f"{name}: in the checkpoint as {saved[name]}, not expected" for name in saved if name not in wanted]
+    problems += [
+        f"{name}: expected {wanted[name]}, saved as {saved[name]}"
+        for name in wanted
+        if name in saved and wanted[name] != saved[name]
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise ValueError(
+            f"checkpoint {path} is not of this model and optimizer (the config that saved it is in its record):\n  "
+            + "\n  ".join(problems[:_MAX_LISTED])
+            + more
+        )
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are trees, each by its name, and its bare arrays together as `counters`."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    fields = {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+    counters = {name: value for name, value in fields.items() if jax.tree.leaves(value)[0] is value}
+    trees = {name: value for name, value in fields.items() if name not in counters}
+    return trees | ({"counters": counters} if counters else {})
+
+
+def _leaves(parts: Any) -> dict[str, Any]:
+    with_path = jax.tree_util.tree_flatten_with_path(parts)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in with_path}
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _manifest(parts: Any) -> Manifest:
+    leaves = _leaves(parts)
+    checksums = jax.device_get(_checksums(leaves))
+    return {
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(checksums[name])}
+        for name, leaf in leaves.items()
+    }
+
+
+@jax.jit
+def _checksums(leaves: dict[str, Array]) -> dict[str, Int[Array, ""]]:
+    return {name: _checksum(leaf) for name, leaf in leaves.items()}
+
+
+def _checksum(x: Array) -> Int[Array, ""]:
+    """sum_i bits_i (2 i + 1) mod 2^32: an integer sum, so no sharding or order of addition changes it."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _step_path(directory: str | os.PathLike[str], step: int | None) -> epath.Path:
+    folder, steps = _folder(directory), all_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(f"{folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {steps}")
+    return folder / str(max(steps) if step is None else step)
+
+
+def _folder(directory: str | os.PathLike[str]) -> epath.Path:
+    # Orbax takes absolute paths only; of a bucket, the path is absolute already.
+    return epath.Path(directory).absolute()
+
+
+def _damaged(path: epath.Path, what: str) -> ValueError:
+    others: Sequence[int] = [step for step in all_steps(path.parent) if str(step) != path.name]
+    return ValueError(
+        f"checkpoint {path} is damaged: {what}. Move that folder away to go on from an earlier step "
+        f"(whole ones there: {list(others) or 'none'})"
+    )
