@@ -28,8 +28,12 @@ def init_cache(cfg: DecoderConfig, batch: int, max_length: int, *, dtype: Any = 
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
 
 
-def write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]) -> Float[Array, "B S K H"]:
-    """Puts row b's T new entries into its slots start[b] … start[b]+T-1."""
-    return jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x.astype(row.dtype), at, axis=0))(
-        slots, new, start
-    )
+def write(
+    slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]
+) -> Float[Array, "B S K H"]:
+    """Puts row b's T new entries into its slots start[b] … start[b]+T-1; those past the last slot are dropped.
+
+    (A dynamic_update_slice would move them back instead, over the row's own tokens.)
+    """
+    index = start[:, None] + jnp.arange(new.shape[1], dtype=start.dtype)
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(slots, index, new.astype(slots.dtype))

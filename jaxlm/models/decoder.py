@@ -7,27 +7,24 @@ time, so that windows and rotations stay static; layers that do not fill a perio
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import cache as kv_cache
 from jaxlm.models import layers
+from jaxlm.models.block import INIT_STDDEV, KV, NUM_SITES, STREAM, Context, block, block_spec, norm_spec
 from jaxlm.models.cache import KVCache
-from jaxlm.models.config import DecoderConfig, RopeConfig
-from jaxlm.models.spec import Param, Spec, normal, ones, stack, zeros
-from jaxlm.ops import rope as rope_ops
-from jaxlm.ops.attention import attention, reference
+from jaxlm.models.config import DecoderConfig
+from jaxlm.models.rotary import rotations
+from jaxlm.models.spec import Param, Spec, normal, stack
 from jaxlm.ops.masks import segment_positions
 from jaxlm.typing import Array, Constrain, Float, Int, Key, Params
 
 COLLECTABLE = ("embedding", "residual", "attention_out", "mlp_out", "mlp_hidden", "attention_probs")
-INIT_STDDEV = 0.02
-ATTENTION_SITE, ATTENTION_OUT_SITE, MLP_SITE, NUM_SITES = 0, 1, 2, 3
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -56,78 +53,26 @@ def spec(cfg: DecoderConfig) -> Spec:
     Kernels and embeddings are normal with standard deviation 0.02; the projections back into the residual stream are
     divided by sqrt(2 num_layers) (Radford et al., 2019, GPT-2, section 2.3).
     """
+
+    def table(rows: int, axis: str | None) -> Spec:
+        return {"table": Param((rows, cfg.width), (axis, "embed"), normal(INIT_STDDEV))}
+
     tree: dict[str, Any] = {
-        "embed": {"table": Param((cfg.vocab_size, cfg.width), ("vocab", "embed"), normal(INIT_STDDEV))},
-        "layers": stack(_block_spec(cfg), cfg.num_layers),
-        "final_norm": _norm_spec(cfg, cfg.width),
+        "embed": table(cfg.vocab_size, "vocab"),
+        "layers": stack(block_spec(cfg), cfg.num_layers),
+        "final_norm": norm_spec(cfg, cfg.width),
     }
     if cfg.learned_positions:
-        tree["positions"] = {"table": Param((cfg.max_length, cfg.width), (None, "embed"), normal(INIT_STDDEV))}
+        tree["positions"] = table(cfg.max_length, None)
     if not cfg.tie_embeddings:
-        tree["unembed"] = {"table": Param((cfg.vocab_size, cfg.width), ("vocab", "embed"), normal(INIT_STDDEV))}
+        tree["unembed"] = table(cfg.vocab_size, "vocab")
     return tree
-
-
-def _norm_spec(cfg: DecoderConfig, width: int) -> Spec:
-    scale = Param((width,), (None,), zeros if cfg.norm_offset == 1.0 else ones, decay=False)
-    return {"scale": scale, "bias": Param((width,), (None,), zeros, decay=False)} if cfg.norm == "layer" else {"scale": scale}
-
-
-def _linear_spec(shape: Sequence[int], axes: Sequence[str], bias_dims: int, *, bias: bool, residual: int = 0) -> Spec:
-    """A kernel and, if asked for, a bias over its last `bias_dims` dimensions; `residual`: layers that add to one stream."""
-    stddev = INIT_STDDEV / (2 * residual) ** 0.5 if residual else INIT_STDDEV
-    kernel = {"kernel": Param(tuple(shape), tuple(axes), normal(stddev))}
-    if not bias:
-        return kernel
-    # A bias over the width is small and added everywhere: it is never sharded.
-    bias_axes = tuple(None if axis == "embed" else axis for axis in axes[-bias_dims:])
-    return kernel | {"bias": Param(tuple(shape[-bias_dims:]), bias_axes, zeros, decay=False)}
-
-
-def _block_spec(cfg: DecoderConfig) -> Spec:
-    d, n, k, h, f = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_width
-    attn: dict[str, Any] = {
-        "q": _linear_spec((d, n, h), ("embed", "heads", "head_dim"), 2, bias=cfg.qkv_bias),
-        "k": _linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), 2, bias=cfg.qkv_bias),
-        "v": _linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), 2, bias=cfg.qkv_bias),
-        "out": _linear_spec(
-            (n, h, d), ("heads", "head_dim", "embed"), 1, bias=cfg.attention_out_bias, residual=cfg.num_layers
-        ),
-    }
-    if cfg.qk_norm is not None:
-        plain = Param((h,), (None,), zeros if cfg.norm_offset == 1.0 else ones, decay=False)
-        full = cfg.qk_norm == "full"
-        attn["q_norm"] = {"scale": Param((n * h,), (None,), plain.init, decay=False) if full else plain}
-        attn["k_norm"] = {"scale": Param((k * h,), (None,), plain.init, decay=False) if full else plain}
-    mlp: dict[str, Any] = {
-        "up": _linear_spec((d, f), ("embed", "mlp"), 1, bias=cfg.mlp_bias),
-        "down": _linear_spec((f, d), ("mlp", "embed"), 1, bias=cfg.mlp_bias, residual=cfg.num_layers),
-    }
-    if cfg.mlp_gated:
-        mlp["gate"] = _linear_spec((d, f), ("embed", "mlp"), 1, bias=cfg.mlp_bias)
-    before = ("attn_norm", "mlp_norm") if cfg.norm_placement in ("pre", "sandwich") else ()
-    after = ("attn_post_norm", "mlp_post_norm") if cfg.norm_placement in ("post", "sandwich") else ()
-    return {"attn": attn, "mlp": mlp} | {name: _norm_spec(cfg, d) for name in before + after}
 
 
 def head(params: Params, *, cfg: DecoderConfig) -> dict[str, Any]:
     """The unembedding, as the keyword arguments of `jaxlm.ops.token_stats`: unembed [V, D], bias, soft_cap."""
     table = params["embed" if cfg.tie_embeddings else "unembed"]["table"]
     return {"unembed": table, "bias": None, "soft_cap": cfg.final_soft_cap}
-
-
-class _Context(NamedTuple):
-    """What every block of one call shares; the rotation of each kind of layer is computed once."""
-
-    cfg: DecoderConfig
-    rotations: dict[str, tuple[Array, Array] | None]
-    q_positions: Array
-    k_positions: Array
-    segments: Array | None
-    cache_length: Array | None
-    keys: Array | None
-    collect: frozenset[str]
-    constrain: Constrain
 
 
 def forward(
@@ -145,70 +90,56 @@ def forward(
 ) -> Output:
     """Hidden states after the final norm, [B, T, D] in cfg.dtype; multiply by `head` for logits.
 
-    tokens: ids, or None with `embeddings`, which take the place of the (scaled) token embeddings. segments: documents
-    packed in a row, 0 is padding; a token sees its own segment only. positions: within the segment (None: derived).
+    tokens: ids in [0, V); one outside gives NaN. embeddings: take the place of the (scaled) token embeddings, and
+    tokens may then be None. segments: documents packed in a row, 0 is padding; a token sees its own segment only.
+    positions: within the segment (None: derived).
     cache: the tokens continue each row at its own length; segments then only tell padding (0) from tokens, and the
-    lengths grow by the tokens. key: dropout, one key per row or one to be split into rows; None switches it off.
+    lengths grow by the tokens. Padding comes last in a row; what does not fit in the cache is dropped, so keep its
+    capacity at the length you will reach.
+    key: dropout, one key per row or one to be split into rows; None switches it off.
     collect: names of intermediates to return, stacked over layers on axis 0: "embedding" [B, T, D] (not stacked),
     "residual" (after each block), "attention_out" and "mlp_out" (what each adds to the residual) [L, B, T, D],
-    "mlp_hidden" (feed-forward coefficients) [L, B, T, F], "attention_probs" [L, B, N, T, S].
+    "mlp_hidden" (feed-forward coefficients) [L, B, T, F], "attention_probs" (before dropout) [L, B, N, T, S].
     Norms, softmax and attention logits are float32. Raises ValueError for shapes and names that do not fit.
     """
-    context = _context(tokens, embeddings, positions, segments, cache, collect, key, constrain, cfg=cfg)
-    x = _embed(params, tokens, embeddings, context)
-    collected = {"embedding": x} if "embedding" in context.collect else {}
-    x, kv, stacked = _run_layers(params["layers"], x, cache, context)
-    with jax.named_scope("final_norm"):
-        hidden = layers.norm(params["final_norm"], x, cfg=cfg)
-    if cache is not None:
-        new = hidden.shape[1] if segments is None else jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
-        cache = KVCache(keys=kv[0], values=kv[1], length=cache.length + new)
-    return Output(hidden=hidden, cache=cache, collected=collected | stacked)
-
-
-def _context(
-    tokens: Array | None,
-    embeddings: Array | None,
-    positions: Array | None,
-    segments: Array | None,
-    cache: KVCache | None,
-    collect: Sequence[str],
-    key: Array | None,
-    constrain: Constrain,
-    *,
-    cfg: DecoderConfig,
-) -> _Context:
-    _check_call(tokens, embeddings, positions, segments, cache, collect, cfg=cfg)
-    shape = tokens.shape if embeddings is None and tokens is not None else embeddings.shape[:2]  # type: ignore[union-attr]
-    if cache is not None:
-        positions = cache.length[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
-        k_positions = jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), (shape[0], cache.keys.shape[2]))
-    else:
-        if positions is None and segments is not None:
-            positions = segment_positions(segments)
-        elif positions is None:
-            positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        k_positions = positions
-    if key is not None and key.ndim == 0:
-        key = jax.random.split(key, shape[0])
-    ropes = {"global": cfg.rope, "local": cfg.rope_local or cfg.rope}
-    rotations = {kind: _rotation(ropes[kind], positions, cfg=cfg) for kind in set(cfg.layer_pattern)}
-    return _Context(
+    shape = _checked_shape(tokens, embeddings, cfg=cfg)
+    _check_call(shape, positions, segments, cache, collect, cfg=cfg)
+    q_positions, k_positions = _positions(shape, positions, segments, cache)
+    context = Context(
         cfg=cfg,
-        rotations=rotations,
-        q_positions=positions,
+        rotations=rotations(q_positions, segments, cfg=cfg),
+        q_positions=q_positions,
         k_positions=k_positions,
         segments=segments,
         cache_length=None if cache is None else cache.length,
-        keys=key if cfg.dropout else None,
+        keys=_row_keys(key, shape[0]) if cfg.dropout else None,
         collect=frozenset(collect),
         constrain=constrain,
     )
+    x = _embed(params, tokens, embeddings, context)
+    collected = {"embedding": x} if "embedding" in collect else {}
+    x, kv, stacked = _run_layers(params["layers"], x, cache, context)
+    with jax.named_scope("final_norm"):
+        hidden = layers.norm(params["final_norm"], x, cfg=cfg)
+    return Output(hidden, _grown(cache, kv, segments, shape[1]), collected | stacked)
+
+
+def _checked_shape(tokens: Array | None, embeddings: Array | None, *, cfg: DecoderConfig) -> tuple[int, int]:
+    if tokens is not None and tokens.ndim != 2:
+        raise ValueError(f"tokens must be [B, T], found shape {tokens.shape}")
+    if embeddings is None:
+        if tokens is None:
+            raise ValueError("forward needs tokens or embeddings, found neither")
+        return tokens.shape
+    if embeddings.ndim != 3 or embeddings.shape[2] != cfg.width:
+        raise ValueError(f"embeddings must be [B, T, {cfg.width}], found shape {embeddings.shape}")
+    if tokens is not None and tokens.shape != embeddings.shape[:2]:
+        raise ValueError(f"tokens {tokens.shape} and embeddings {embeddings.shape} differ in [B, T]: pass tokens=None")
+    return embeddings.shape[:2]
 
 
 def _check_call(
-    tokens: Array | None,
-    embeddings: Array | None,
+    shape: tuple[int, int],
     positions: Array | None,
     segments: Array | None,
     cache: KVCache | None,
@@ -216,167 +147,114 @@ def _check_call(
     *,
     cfg: DecoderConfig,
 ) -> None:
-    if (tokens is None) == (embeddings is None):
-        raise ValueError("forward takes either tokens or embeddings: give one and leave the other None")
-    shape = tokens.shape if tokens is not None else embeddings.shape[:2]  # type: ignore[union-attr]
-    if len(shape) != 2:
-        raise ValueError(f"tokens must be [B, T], found shape {shape}")
     for name, array in (("positions", positions), ("segments", segments)):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} must have the shape of tokens, {shape}; found {array.shape}")
-    if cache is not None and positions is not None:
-        raise ValueError("positions follow from the cache's lengths: leave positions None when a cache is given")
-    if cache is not None and cache.keys.shape[1] != shape[0]:
-        raise ValueError(f"the cache holds {cache.keys.shape[1]} rows and the tokens {shape[0]}")
+    if cache is not None:
+        _check_cache(cache, shape, positions)
     if cfg.learned_positions and shape[1] > cfg.max_length:
-        raise ValueError(f"{shape[1]} tokens a row, but the model has learned positions for max_length={cfg.max_length}")
+        raise ValueError(f"{shape[1]} tokens a row, but learned positions end at max_length={cfg.max_length}: raise it")
+    if isinstance(collect, str):
+        raise ValueError(f"collect takes a sequence of names: write ({collect!r},)")
     for name in collect:
         if name not in COLLECTABLE:
-            near = difflib.get_close_matches(name, COLLECTABLE, 1) or [", ".join(COLLECTABLE)]
-            raise ValueError(f"collect: unknown intermediate {name!r}; did you mean {near[0]}?")
+            near = difflib.get_close_matches(name, COLLECTABLE, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COLLECTABLE)}"
+            raise ValueError(f"collect: unknown intermediate {name!r}; {hint}")
 
 
-def _rotation(rope: RopeConfig | None, positions: Array, *, cfg: DecoderConfig) -> tuple[Array, Array] | None:
-    """cos and sin for one kind of layer; LongRoPE picks its factors by the longest position of each row."""
-    if rope is None:
+def _check_cache(cache: KVCache, shape: tuple[int, int], positions: Array | None) -> None:
+    rows, capacity = cache.keys.shape[1:3]
+    if positions is not None:
+        raise ValueError("positions follow from the cache's lengths: leave positions None when a cache is given")
+    if rows != shape[0]:
+        raise ValueError(f"the cache holds {rows} rows and the tokens {shape[0]}")
+    if capacity < shape[1]:
+        raise ValueError(f"{shape[1]} tokens a row do not fit in a cache of {capacity}: raise init_cache's max_length")
+
+
+def _positions(
+    shape: tuple[int, int], positions: Array | None, segments: Array | None, cache: KVCache | None
+) -> tuple[Array, Array]:
+    """The positions of queries and of keys."""
+    index = jnp.arange(shape[1], dtype=jnp.int32)
+    if cache is not None:
+        slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
+        return cache.length[:, None] + index, jnp.broadcast_to(slots, (shape[0], len(slots)))
+    if positions is None:
+        positions = jnp.broadcast_to(index, shape) if segments is None else segment_positions(segments)
+    return positions, positions
+
+
+def _row_keys(key: Array | None, rows: int) -> Array | None:
+    if key is None:
         return None
-    rotary_dim = int(cfg.head_dim * rope.rotary_fraction)
-    frequencies = rope_ops.inverse_frequencies(rotary_dim, rope.theta)
-    original = rope.original_length or cfg.max_length
-    scale = 1.0
-    if rope.scaling == "linear":
-        frequencies = rope_ops.linear_scaling(frequencies, rope.factor)
-    elif rope.scaling == "llama3":
-        frequencies = rope_ops.llama3_scaling(
-            frequencies,
-            factor=rope.factor,
-            low_freq_factor=rope.low_freq_factor,
-            high_freq_factor=rope.high_freq_factor,
-            original_length=original,
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (rows,)):
+        raise ValueError(
+            f"key must be one jax.random.key, or one for each of {rows} rows; found {key.dtype} of shape {key.shape}"
         )
-    elif rope.scaling == "yarn":
-        frequencies = rope_ops.yarn_scaling(
-            frequencies,
-            theta=rope.theta,
-            factor=rope.factor,
-            beta_fast=rope.beta_fast,
-            beta_slow=rope.beta_slow,
-            original_length=original,
-        )
-        scale = rope.attention_factor or rope_ops.yarn_attention_factor(rope.factor)
-    elif rope.scaling == "longrope":
-        scale = rope.attention_factor or rope_ops.longrope_attention_factor(cfg.max_length, original)
-        is_long = jnp.max(positions, axis=1, keepdims=True)[..., None] >= original
-        short, long = (jnp.asarray(frequencies / f, jnp.float32) for f in (rope.short_factor, rope.long_factor))
-        return rope_ops.rotation(positions, jnp.where(is_long, long, short), scale)
-    return rope_ops.rotation(positions, frequencies, scale)
+    return jax.random.split(key, rows) if key.ndim == 0 else key
 
 
-def _embed(params: Params, tokens: Array | None, embeddings: Array | None, c: _Context) -> Array:
+def _embed(params: Params, tokens: Array | None, embeddings: Array | None, c: Context) -> Array:
     cfg = c.cfg
     with jax.named_scope("embed"):
         if embeddings is None:
-            embeddings = jnp.take(params["embed"]["table"], tokens, axis=0).astype(cfg.dtype)
+            # Gathered over its width before the lookup: otherwise the result is split over the width, and turning
+            # that into a split over the batch makes XLA replicate it.
+            table = c.constrain(params["embed"]["table"], ("vocab", "act_embed"))
+            embeddings = jnp.take(table, tokens, axis=0).astype(cfg.dtype)
             if cfg.embed_scale is not None:
                 # Rounded to the compute dtype first, as the released Gemma code does.
                 embeddings = embeddings * jnp.asarray(cfg.embed_scale, cfg.dtype)
         x = embeddings.astype(cfg.dtype)
         if cfg.learned_positions:
+            # Clipped, because padding behind a full row may point past the table, and NaN there would spread.
             x = x + jnp.take(params["positions"]["table"], c.q_positions, axis=0, mode="clip").astype(cfg.dtype)
         x = layers.dropout(x, cfg.dropout, c.keys, NUM_SITES * cfg.num_layers)
-        return c.constrain(x, ("batch", "length", "act_embed"))
+        return c.constrain(x, STREAM)
 
 
-KV = tuple[Array, Array] | None
-
-
-def _run_layers(stacked: Params, x: Array, cache: KVCache | None, c: _Context) -> tuple[Array, KV, dict[str, Array]]:
+def _run_layers(stacked: Params, x: Array, cache: KVCache | None, c: Context) -> tuple[Array, KV, dict[str, Array]]:
     """All blocks: whole periods of the pattern under one scan, the remainder (or everything) unrolled."""
     cfg, period = c.cfg, len(c.cfg.layer_pattern)
-    kv: KV = None if cache is None else (cache.keys, cache.values)
     num_scanned = cfg.num_layers // period * period if cfg.scan_layers else 0
-    block = partial(_block, c=c)
-    if cfg.remat != "none":
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[cfg.remat], static_argnums=(3,), prevent_cse=not cfg.scan_layers)
-
-    def group(x: Array, xs: Any) -> tuple[Array, Any]:
-        outs = []
-        for i, kind in enumerate(cfg.layer_pattern):
-            layer_params, layer_kv, index = jax.tree.map(lambda a, i=i: a[i], xs)
-            x, out = block(layer_params, x, layer_kv, kind, index)
-            outs.append(out)
-        return x, _stack(outs)
-
-    inputs = (stacked, kv, jnp.arange(cfg.num_layers))
+    inputs = (stacked, None if cache is None else (cache.keys, cache.values), jnp.arange(cfg.num_layers))
     parts = []
     if num_scanned:
-        grouped = jax.tree.map(lambda a: a[:num_scanned].reshape(-1, period, *a.shape[1:]), inputs)
-        x, outs = jax.lax.scan(group, x, grouped)
+        groups = jax.tree.map(lambda a: a[:num_scanned].reshape(-1, period, *a.shape[1:]), inputs)
+        x, outs = jax.lax.scan(partial(_run_unrolled, c=c, in_scan=True), x, groups)
         parts.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs))
-    for i in range(num_scanned, cfg.num_layers):
-        layer_params, layer_kv, index = jax.tree.map(lambda a, i=i: a[i], inputs)
-        x, out = block(layer_params, x, layer_kv, cfg.layer_pattern[i % period], index)
-        parts.append(_stack([out]))
-    new_kv, collected = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
-    return x, new_kv, collected
+    if num_scanned < cfg.num_layers:
+        rest = jax.tree.map(lambda a: a[num_scanned:], inputs)
+        x, outs = _run_unrolled(x, rest, c=c, in_scan=False)
+        parts.append(outs)
+    kv, collected = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    return x, kv, collected
 
 
-def _stack(outs: list[Any]) -> Any:
-    return jax.tree.map(lambda *a: jnp.stack(a), *outs)
+def _run_unrolled(x: Array, inputs: Any, *, c: Context, in_scan: bool) -> tuple[Array, Any]:
+    """Layers one after the other, the first at the start of the pattern; their outputs stacked."""
+    flat, tree = jax.tree.flatten(inputs)
+    outs = []
+    for i, leaves in enumerate(zip(*map(jnp.unstack, flat))):
+        params, kv, index = jax.tree.unflatten(tree, leaves)
+        kind = c.cfg.layer_pattern[i % len(c.cfg.layer_pattern)]
+        x, out = _block_function(kind, c, in_scan)(params, x, kv, index)
+        outs.append(out)
+    return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
-def _block(params: Params, x: Array, kv: KV, kind: str, index: Array, *, c: _Context) -> tuple[Array, Any]:
-    """One transformer block; returns the new residual stream and (its cache, what was collected)."""
-    cfg, out = c.cfg, {}
-    with jax.named_scope("attention"):
-        y = layers.norm(params["attn_norm"], x, cfg=cfg) if "attn_norm" in params else x
-        y, kv, probs = _attention(params["attn"], y, kv, kind, index, c)
-        y = layers.norm(params["attn_post_norm"], y, cfg=cfg) if "attn_post_norm" in params else y
-        y = layers.dropout(y, cfg.dropout, c.keys, NUM_SITES * index + ATTENTION_OUT_SITE)
-        out["attention_out"], out["attention_probs"] = y, probs
-        x = c.constrain(x + y, ("batch", "length", "act_embed"))
-    with jax.named_scope("mlp"):
-        y = layers.norm(params["mlp_norm"], x, cfg=cfg) if "mlp_norm" in params else x
-        hidden = c.constrain(layers.mlp_hidden(params["mlp"], y, cfg=cfg), ("batch", "length", "act_mlp"))
-        y = layers.project(params["mlp"]["down"], hidden)
-        y = layers.norm(params["mlp_post_norm"], y, cfg=cfg) if "mlp_post_norm" in params else y
-        y = layers.dropout(y, cfg.dropout, c.keys, NUM_SITES * index + MLP_SITE)
-        out["mlp_hidden"], out["mlp_out"] = hidden, y
-        x = c.constrain(x + y, ("batch", "length", "act_embed"))
-    out["residual"] = x
-    return x, (kv, {name: value for name, value in out.items() if name in c.collect})
+def _block_function(kind: str, c: Context, in_scan: bool) -> Callable[..., tuple[Array, Any]]:
+    function = partial(block, kind=kind, c=c)
+    if c.cfg.remat == "none":
+        return function
+    # A scan's body cannot be merged with its own recomputation, so the barrier against that would only cost time.
+    return jax.checkpoint(function, policy=REMAT_POLICIES[c.cfg.remat], prevent_cse=not in_scan)
 
 
-def _attention(params: Params, x: Array, kv: KV, kind: str, index: Array, c: _Context) -> tuple[Array, KV, Array | None]:
-    cfg = c.cfg
-    q, k, v = (layers.project(params[name], x) for name in ("q", "k", "v"))
-    q = c.constrain(q, ("batch", "length", "act_heads", None))
-    k, v = (c.constrain(a, ("batch", "length", "act_kv_heads", None)) for a in (k, v))
-    if cfg.qk_norm is not None:
-        q, k = layers.qk_norm(params["q_norm"], q, cfg=cfg), layers.qk_norm(params["k_norm"], k, cfg=cfg)
-    rotation = c.rotations[kind]
-    if rotation is not None:
-        q, k = rope_ops.rotate(q, *rotation), rope_ops.rotate(k, *rotation)
-    if kv is not None and c.cache_length is not None:
-        k, v = (kv_cache.write(old, new, c.cache_length) for old, new in zip(kv, (k, v)))
-        kv = (k, v)
-    # In a cache a slot is its position, and slots after a query's own are unwritten or padding: causality hides them.
-    segments = None if kv is not None else c.segments
-    where: dict[str, Any] = dict(
-        q_positions=c.q_positions,
-        k_positions=c.k_positions,
-        q_segments=segments,
-        k_segments=segments,
-        scale=cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
-        window=cfg.window if kind == "local" else None,
-        soft_cap=cfg.attention_soft_cap,
-    )
-    probs = None
-    if c.keys is not None or "attention_probs" in c.collect:
-        probs = reference.probabilities(q, k.astype(q.dtype), **where)
-        dropped = layers.dropout(probs, cfg.dropout, c.keys, NUM_SITES * index + ATTENTION_SITE)
-        out = reference.weighted_sum(dropped, v.astype(q.dtype))
-    else:
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), **where)
-    out = c.constrain(out, ("batch", "length", "act_heads", None))
-    return layers.project_heads(params["out"], out), kv, probs
+def _grown(cache: KVCache | None, kv: KV, segments: Array | None, length: int) -> KVCache | None:
+    if cache is None or kv is None:
+        return None
+    new = length if segments is None else jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+    return KVCache(keys=kv[0], values=kv[1], length=cache.length + new)

@@ -15,7 +15,9 @@ ACTIVATIONS = {
 }
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], *, eps: float, offset: float = 0.0) -> Float[Array, "... D"]:
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], *, eps: float, offset: float = 0.0
+) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32, returned in x's dtype. Source: arXiv 1910.07467."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)

@@ -105,7 +105,11 @@ def check(params: Params, spec: Spec, *, what: str = "parameters") -> None:
     """Raises ValueError unless the tree and every shape are exactly those of the spec."""
     got, want = flatten(params), flatten(spec)
     missing, extra = sorted(want.keys() - got.keys()), sorted(got.keys() - want.keys())
-    shapes = [f"{k}: expected {want[k].shape}, found {got[k].shape}" for k in want if k in got and tuple(got[k].shape) != want[k].shape]
+    shapes = [
+        f"{k}: expected {want[k].shape}, found {got[k].shape}"
+        for k in want
+        if k in got and tuple(got[k].shape) != want[k].shape
+    ]
     if not (missing or extra or shapes):
         return
     lines = [f"{what} do not fit the model's spec"]

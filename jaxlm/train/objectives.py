@@ -1,0 +1,92 @@
+"""Where a model meets a loss, and the only place: scores of a batch, and losses made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxlm.losses.lm import next_token_nll
+from jaxlm.losses.lm import z_loss as z_penalty
+from jaxlm.ops.masked import masked_sum
+from jaxlm.ops.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_sharded
+from jaxlm.sharding.rules import RULES
+from jaxlm.typing import Apply, Array, Batch, Key, LossFn, Metrics, Params
+
+Score = Callable[[Params, Batch, "Key[Array, 'B'] | None", Collection[str]], TokenStats]
+"""(params, batch, row keys, outputs) -> statistics of the batch's targets, each [B, T]; 0 where its mask is False."""
+
+Head = Callable[[Params], dict[str, Any]]
+"""params -> the keyword arguments of `token_stats` that are the unembedding: unembed [V, D], bias, soft_cap."""
+
+
+def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None) -> Score:
+    """Scores a model that returns hidden states, through the hot path: no [tokens, vocab] array is ever held.
+
+    On a mesh of several devices each scores its own tokens against its own share of the vocabulary.
+    """
+
+    def score(params: Params, batch: Batch, key: Array | None, outputs: Collection[Any]) -> TokenStats:
+        hidden = _apply(apply, params, batch, key)
+        where = dict(head(params), mask=batch["mask"], outputs=outputs)
+        if mesh is None or mesh.size == 1:
+            return token_stats(hidden, targets=batch["targets"], **where)
+        return token_stats_sharded(
+            hidden,
+            targets=batch["targets"],
+            mesh=mesh,
+            token_axes=(RULES["batch"], RULES["length"]),
+            vocab_axis="tensor" if mesh.shape["tensor"] > 1 else None,
+            **where,
+        )
+
+    return score
+
+
+def make_logits_scorer(apply: Apply) -> Score:
+    """Scores any model that returns logits [B, T, V]: a Linen or NNX module, or a plain function of yours."""
+
+    def score(params: Params, batch: Batch, key: Array | None, outputs: Collection[Any]) -> TokenStats:
+        logits = _apply(apply, params, batch, key)
+        return token_stats_from_logits(logits, batch["targets"], mask=batch["mask"], outputs=outputs)
+
+    return score
+
+
+def _apply(apply: Apply, params: Params, batch: Batch, key: Array | None) -> Array:
+    return apply(params, batch["inputs"], positions=batch.get("positions"), segments=batch.get("segments"), key=key)
+
+
+def make_next_token_loss(score: Score, *, z_loss: float = 0.0) -> LossFn:
+    """Next-token prediction: the sum of -log p(target) over the mask, and the number of targets as its weight.
+
+        total = sum_t mask_t (-logprob_t + z_loss * logsumexp_t^2)        weight = sum_t mask_t
+
+    Pretraining (mask everywhere) and SFT (mask on completions) are this one loss. Metrics: loss (nats per target,
+    without the z term), entropy (of the model's prediction, nats), bits_per_byte (of text; the targets' bits over the
+    bytes they stand for), z_loss, tokens (targets per step).
+    """
+    outputs = ("logprob", "entropy", "logsumexp") if z_loss else ("logprob", "entropy")
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        stats = score(params, batch, key, outputs)
+        mask = batch["mask"]
+        nll = masked_sum(next_token_nll(stats.logprob), mask)
+        weight = jnp.sum(mask, dtype=jnp.float32)
+        metrics = {
+            "loss": (nll, weight),
+            "entropy": (masked_sum(stats.entropy, mask), weight),
+            "tokens": (weight, jnp.ones(())),
+        }
+        if "target_bytes" in batch:
+            num_bytes = masked_sum(batch["target_bytes"].astype(jnp.float32), mask)
+            metrics["bits_per_byte"] = (nll / math.log(2), num_bytes)
+        if not z_loss:
+            return nll, weight, metrics
+        penalty = masked_sum(z_penalty(stats.logsumexp, weight=z_loss), mask)
+        return nll + penalty, weight, metrics | {"z_loss": (penalty, weight)}
+
+    return loss_fn
