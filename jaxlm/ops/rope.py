@@ -26,7 +26,7 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
 
 
 def linear_scaling(frequencies: np.ndarray, factor: float) -> np.ndarray:
-    """Positions interpolated by `factor`: every frequency divided by it. Source: Chen et al., 2023, arXiv 2306.15595."""
+    """Positions interpolated: every frequency divided by `factor`. Source: Chen et al., 2023, arXiv 2306.15595."""
     return frequencies / factor
 
 
@@ -84,9 +84,12 @@ def longrope_attention_factor(max_length: int, original_length: int) -> float:
 
 
 def rotation(
-    positions: Int[Array, "B T"], frequencies: np.ndarray | Float[Array, "R"], scale: float = 1.0
+    positions: Int[Array, "B T"], frequencies: np.ndarray | Float[Array, "... R"], scale: float = 1.0
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """cos and sin of position * frequency, times `scale`, in float32."""
+    """cos and sin of position * frequency, times `scale`, in float32.
+
+    frequencies: radians per token, [R], or anything that broadcasts to [B, T, R].
+    """
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

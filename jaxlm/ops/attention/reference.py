@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.masks import attention_mask
@@ -49,8 +50,9 @@ def probabilities(
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     mask = attention_mask(q_positions, k_positions, q_segments, k_segments, window=window)[:, None, None]
     logits = jnp.where(mask, logits, -jnp.inf)
-    # A finite maximum keeps rows without any key at exp(-inf) = 0 instead of nan.
+    # A finite maximum keeps rows without any key at exp(-inf) = 0 instead of nan; it shifts, so it has no gradient.
     top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    top = jax.lax.stop_gradient(top)
     unnormalised = jnp.exp(logits - top)
     total = jnp.sum(unnormalised, axis=-1, keepdims=True)
     weights = unnormalised / jnp.where(total == 0, 1.0, total)
