@@ -54,7 +54,7 @@ class Checkpoints:
         best_mode: Literal["min", "max"] = "min",
     ) -> None:
         if keep_last < 1:
-            raise ValueError(f"keep_last: expected at least 1, found {keep_last}; the newest step is what a run resumes")
+            raise ValueError(f"keep_last: expected at least 1, found {keep_last} (a run resumes the newest)")
         self._directory = _folder(directory)
         self._keep_last = keep_last
         self._best_metric = best_metric
@@ -69,7 +69,12 @@ class Checkpoints:
             self._scores[step] = self._score(load_record(self._directory, step)["metrics"])
 
     def save(
-        self, step: int, state: Any, *, record: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        state: Any,
+        *,
+        record: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts saving `state` (a dataclass of arrays) as `step`, and returns once its arrays may be overwritten.
 
@@ -126,7 +131,8 @@ class Checkpoints:
     def _finish(self, step: int, response: ocp.AsyncResponse[Any], score: float | None, start: float) -> None:
         response.result()
         self._scores[step] = score
-        _log.info("step %d: saved %.2f s after it began, rss %.2f GB", step, time.perf_counter() - start, rss_bytes() / 1e9)
+        seconds = time.perf_counter() - start
+        _log.info("step %d: saved %.2f s after it began, rss %.2f GB", step, seconds, rss_bytes() / 1e9)
         if jax.process_index() == 0:
             for old in expired(self._scores, keep_last=self._keep_last):
                 self._delete(old)

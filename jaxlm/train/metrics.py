@@ -149,12 +149,12 @@ class Console:
         """Shows one step's metrics: in the bar, or as a line; evaluations are a line in both."""
         training = any(name.startswith("train/") for name in values)
         if self._bar is not None and training:
-            self._bar.set_postfix_str("  ".join(_shown(values, ("train/loss", "perf/tokens_per_s"))))
+            short = {name: values[name] for name in ("train/loss", "perf/tokens_per_s") if name in values}
+            self._bar.set_postfix_str("  ".join(_shown(short)))
             return
-        left = f"eta {self._eta()}" if training and step < self._num_steps else ""
+        left = [f"eta {self._eta()}"] if training and step < self._num_steps else []
         width = len(str(self._num_steps))
-        fields = [f"step {step:{width}d}/{self._num_steps}", *_shown(values, tuple(values)), left]
-        self.message("  ".join(field for field in fields if field))
+        self.message("  ".join([f"step {step:{width}d}/{self._num_steps}", *_shown(values), *left]))
 
     def flush(self) -> None:
         """Nothing to do: a line is out when it is printed."""
@@ -172,10 +172,16 @@ class Console:
         return tqdm.format_interval(seconds)
 
 
-def _shown(values: Mapping[str, float], names: tuple[str, ...]) -> list[str]:
-    """`name value` of the entries that a person follows; the rest is in the files."""
-    hidden = ("perf/rss_bytes", "perf/device_peak_bytes", "perf/steps_per_s", "perf/compile_s", "perf/checkpoint_s")
-    return [_format(name, values[name]) for name in names if name in values and name not in hidden]
+def _shown(values: Mapping[str, float]) -> list[str]:
+    """The entries that a person follows, the loss first; all of them are in the files."""
+    first = ("train/loss", "train/bits_per_byte")
+    rest = [name for name in values if name not in first and not name.startswith("perf/")]
+    perf = ("perf/tokens_per_s", "perf/mfu")
+    shown = [name for name in (*first, *rest, *perf) if name in values and name not in _IN_FILES_ONLY]
+    return [_format(name, values[name]) for name in shown if values[name] or name != "train/num_skipped"]
+
+
+_IN_FILES_ONLY = ("train/param_norm", "train/update_norm", "train/tokens")
 
 
 def _format(name: str, value: float) -> str:
@@ -184,8 +190,6 @@ def _format(name: str, value: float) -> str:
         return f"{value:,.0f} tokens/s"
     if short == "mfu":
         return f"mfu {value:.1%}"
-    if short == "lr":
-        return f"lr {value:.2e}"
     if short.startswith("num_"):
         return f"{short} {value:.0f}"
-    return f"{short} {value:.4g}" if abs(value) < 1e-2 else f"{short} {value:.3f}"
+    return f"{short} {value:.2e}" if 0 < abs(value) < 1e-2 else f"{short} {value:.3f}"

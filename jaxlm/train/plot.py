@@ -81,7 +81,8 @@ def _draw_curves(axes: Any, curves: Mapping[str, tuple[np.ndarray, np.ndarray]])
             axes.plot(steps, smoothed, color=_TRAIN, linewidth=1.8, label=f"train (smoothed) {smoothed[-1]:.3f}")
         else:
             label = f"{group} {values[-1]:.3f}"
-            axes.plot(steps, values, "o-", color=next(evals), markersize=4, linewidth=1.2, label=label, zorder=3, clip_on=False)
+            style = dict(color=next(evals), markersize=4, linewidth=1.2, zorder=3, clip_on=False)
+            axes.plot(steps, values, "o-", label=label, **style)
 
 
 def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:

@@ -1,0 +1,202 @@
+"""A run's folder and all that is open in it: what the loop calls, line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.train.checkpoint import Checkpoints, latest_step, load_record, load_state
+from jaxlm.train.config import TrainConfig
+from jaxlm.train.evaluate import Evaluate
+from jaxlm.train.metrics import Console, JsonlSink, Sink
+from jaxlm.train.preemption import Preempted, Preemption
+from jaxlm.train.progress import Progress, Throughput
+from jaxlm.train.record import check_resumable, write_record
+from jaxlm.train.tensorboard import TensorBoardSink
+
+Batches = Callable[[int, int], Iterable[tuple[int, Any]]]
+"""(start, stop) -> (step, host batch) for every step from start up to stop."""
+
+
+def due(step: int, every: int | None, num_steps: int) -> bool:
+    """Whether what is done every `every` steps, and at the end, is done after `step` updates.
+
+    >>> [step for step in range(8) if due(step, 3, 7)]
+    [0, 3, 6, 7]
+    """
+    return step == num_steps or (every is not None and step % every == 0)
+
+
+class Run:
+    """One run's folder and everything open in it; each method is a line of the loop."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        run_dir: Path,
+        record: dict[str, Any],
+        sinks: Sequence[Sink],
+        throughput: Throughput | None,
+        batch_indices: Callable[[int], Any] | None,
+        may_change: Sequence[str],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._cfg, self._dir, self._record, self._stack = cfg, run_dir, record, stack
+        self._batch_indices = batch_indices
+        self._folder = run_dir / "checkpoints"
+        found = latest_step(self._folder)
+        saved = {} if found is None else load_record(self._folder, found)
+        self.resumed, self.start = found is not None, found or 0
+        self._evaluated: bool = saved.get("record", {}).get("evaluated", False)
+        self.latest: dict[str, float] = saved.get("metrics", {})
+        notes = self._check_resume(saved["record"]["run"], may_change) if saved else []
+
+        self._console = Console(cfg.num_steps, start=self.start) if jax.process_index() == 0 else None
+        self._sinks = self._open_sinks(sinks)
+        self._checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(
+                    self._folder, keep_last=cfg.keep_last, best_metric=cfg.best_metric, best_mode=cfg.best_mode
+                )
+            )
+        )
+        self.preemption = stack.enter_context(Preemption())
+        self.progress = Progress(
+            log_every=cfg.log_every,
+            num_steps=cfg.num_steps,
+            write=self._write,
+            advance=self._console.advance if self._console else lambda step: None,
+            on_skipped=self._stop_if_too_many,
+            throughput=throughput,
+            saved=saved.get("record", {}).get("progress"),
+        )
+        self._announce(notes)
+
+    def restore(self, abstract_state: Any) -> Any:
+        """The state of the newest checkpoint, laid out as `abstract_state`."""
+        return load_state(self._folder, abstract_state, step=self.start)
+
+    def evaluate(self, step: int, state: Any, evaluate: Evaluate | None) -> dict[str, float] | None:
+        """The scores of this step, written; {} where none are due, None where a signal cut the evaluation short."""
+        cfg = self._cfg
+        done_before = self._already(step) and self._evaluated
+        if evaluate is None or done_before or not due(step, cfg.eval_every, cfg.num_steps):
+            return {}
+        self.progress.drain()
+        with self.progress.timed("eval_s"):
+            scores = evaluate(state, self.preemption.asked)
+        if scores is not None:
+            if cfg.best_metric is not None and cfg.best_metric not in scores:
+                raise ValueError(f"best_metric: expected one of {sorted(scores)}, found {cfg.best_metric!r}")
+            self._write(step, scores)
+        return scores
+
+    def save(self, step: int, state: Any, scores: dict[str, float] | None, *, now: bool) -> None:
+        """Starts a checkpoint where one is due or asked for; surfaces the failure of the one before."""
+        self._checkpoints.raise_if_failed()
+        if self._already(step) or not (now or due(step, self._cfg.checkpoint_every, self._cfg.num_steps)):
+            return
+        self.progress.drain()
+        for sink in self._sinks:
+            sink.flush()
+        record = {"run": self._record, "evaluated": scores is not None, "progress": self.progress.state()}
+        with self.progress.timed("checkpoint_s"):
+            self._checkpoints.save(step, state, record=record, metrics=scores)
+            if now or step == self._cfg.num_steps:
+                self._checkpoints.wait()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Notes and says how long the compilation inside takes."""
+        start = time.perf_counter()
+        with self.progress.timed("compile_s"):
+            yield
+        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+
+    def preempted(self, step: int) -> Preempted:
+        """What to raise when a signal has asked the run to stop and it is saved."""
+        self._say(f"stopped by a signal: step {step} is saved in {self._folder}; the same command resumes from there")
+        return Preempted(step)
+
+    def open(self, batches: Batches) -> Iterator[tuple[int, Any]]:
+        """The data from the first step of this start on."""
+        data = iter(batches(self.start, self._cfg.num_steps))
+        if hasattr(data, "close"):
+            self._stack.callback(data.close)
+        return data
+
+    def next_batch(self, data: Iterator[tuple[int, Any]], step: int) -> Any:
+        """The host batch of this step."""
+        with self.progress.timed("data_wait_s"):
+            found, batch = next(data, (None, None))
+        if found != step:
+            raise ValueError(f"the data was asked for the batch of step {step} and gave {found or 'none'}")
+        return batch
+
+    def _already(self, step: int) -> bool:
+        return self.resumed and step == self.start
+
+    def _check_resume(self, recorded: Mapping[str, Any], may_change: Sequence[str]) -> list[str]:
+        if self.start > self._cfg.num_steps:
+            raise ValueError(
+                f"{self._folder} is at step {self.start}, beyond num_steps={self._cfg.num_steps}: "
+                "raise num_steps, or start anew in another run folder"
+            )
+        return check_resumable(_identity_of(recorded), _identity_of(self._record), may_change=may_change)
+
+    def _open_sinks(self, more: Sequence[Sink]) -> list[Sink]:
+        if self._console is None:
+            return []
+        keep = self.start if self.resumed else None
+        write_record(self._dir, self._record, step=self.start)
+        lines = JsonlSink(self._dir / "metrics.jsonl", keep_through=keep)
+        events = TensorBoardSink(self._dir / "tensorboard", keep_through=keep)
+        sinks: list[Sink] = [self._console, lines, events, *more]
+        for sink in sinks:
+            self._stack.callback(sink.close)
+        return sinks
+
+    def _announce(self, notes: Sequence[str]) -> None:
+        if self.resumed and self.start == self._cfg.num_steps:
+            self._say(f"already finished: step {self.start} of {self._cfg.num_steps} is in {self._folder}")
+        elif self.resumed:
+            self._say(f"resuming from step {self.start} of {self._cfg.num_steps} ({self._folder / str(self.start)})")
+        for note in notes:
+            self._say(f"changed since that checkpoint: {note}")
+
+    def _say(self, text: str) -> None:
+        if self._console is not None:
+            self._console.message(text)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.latest |= values
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def _stop_if_too_many(self, steps: list[int]) -> None:
+        """Raises when the updates leading to `steps`, in a row, were all skipped and there are too many of them."""
+        if len(steps) < self._cfg.max_skipped_in_a_row:
+            return
+        path = self._dir / "nonfinite.json"
+        report = {"last_good_step": steps[0] - 1, "batches": [self._batch_report(step - 1) for step in steps]}
+        if jax.process_index() == 0:
+            path.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        raise FloatingPointError(
+            f"{len(steps)} updates in a row were skipped because a number was not finite (or no target counted), the "
+            f"first at step {steps[0] - 1}; parameters are those of step {steps[0] - 1}. The batches are listed in "
+            f"{path}. Look at that data, or lower the learning rate or the gradient clip"
+        )
+
+    def _batch_report(self, step: int) -> dict[str, Any]:
+        return {"step": step, "indices": self._batch_indices(step) if self._batch_indices is not None else None}
+
+
+def _identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same on resuming: the config, and the data it stands for."""
+    return {**record.get("config", {}), "data_fingerprint": record.get("data_fingerprint")}
