@@ -13,7 +13,7 @@ from typing import Any
 from jaxlm.data.config import DataConfig
 from jaxlm.models.config import DecoderConfig, RopeConfig
 from jaxlm.sharding.mesh import MeshConfig
-from jaxlm.train.loop import TrainConfig
+from jaxlm.train.config import TrainConfig
 
 HEAD_DIM, MLP_PER_WIDTH, LENGTH, STEPS = 16, 2, 64, 4
 

@@ -1,0 +1,185 @@
+"""token_stats against log_softmax on materialised logits: time, work rate, temporary memory, error against float64.
+
+    jaxlm bench token-stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
+    jaxlm bench token-stats --dtype bfloat16 --json out.json
+
+The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
+products that each candidate needs: 2NDV forward; with gradients 6NDV dense, 8NDV tiled, which computes the logits twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm.bench.interleave import interleave, medians
+from jaxlm.ops.token_stats import token_stats
+from jaxlm.typing import Array, Float, Int
+
+LogProb = Callable[[Array, Array, Array], Any]
+BASELINE = "log_softmax"
+
+
+class Problem(NamedTuple):
+    """Random hidden states and an unembedding whose logits have unit variance."""
+
+    hidden: Float[Array, "N D"]
+    unembed: Float[Array, "V D"]
+    targets: Int[Array, "N"]
+
+
+class Measurement(NamedTuple):
+    """One line of the table."""
+
+    direction: str
+    candidate: str
+    time_s: float
+    speedup: float
+    gflop_per_s: float
+    temp_bytes: int
+    temp_ratio: float
+    max_error: float
+
+
+def make_problem(*, num_tokens: int, width: int, vocab: int, dtype: str, seed: int = 0) -> Problem:
+    """Inputs of the benchmark; unembed stays float32, as master parameters do."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return Problem(
+        hidden=jax.random.normal(keys[0], (num_tokens, width), jnp.dtype(dtype)),
+        unembed=jax.random.normal(keys[1], (vocab, width)) * width**-0.5,
+        targets=jax.random.randint(keys[2], (num_tokens,), 0, vocab),
+    )
+
+
+def log_softmax(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targets: Int[Array, "N"]) -> Array:
+    """What one writes by hand: the logits, their log-softmax, the target's entry."""
+    log_probs = jax.nn.log_softmax(_logits(hidden, unembed))
+    return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+
+
+def optax_loss(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targets: Int[Array, "N"]) -> Array:
+    """optax on materialised logits."""
+    return -optax.softmax_cross_entropy_with_integer_labels(_logits(hidden, unembed), targets)
+
+
+def _logits(hidden: Array, unembed: Array) -> Array:
+    return jnp.matmul(hidden, unembed.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
+
+
+def _ours(implementation: str, outputs: tuple, hidden: Array, unembed: Array, targets: Array) -> Any:
+    stats = token_stats(hidden, unembed, targets, outputs=outputs, implementation=implementation)
+    return stats.logprob if outputs == ("logprob",) else (stats.logprob, stats.entropy)
+
+
+CANDIDATES: dict[str, LogProb] = {
+    BASELINE: log_softmax,
+    "optax": optax_loss,
+    "dense": partial(_ours, "dense", ("logprob",)),
+    "tiled": partial(_ours, "tiled", ("logprob",)),
+    "tiled+entropy": partial(_ours, "tiled", ("logprob", "entropy")),
+}
+
+
+def with_gradients(candidate: LogProb) -> LogProb:
+    """The value, and the gradients of the summed outputs with respect to hidden and unembed."""
+
+    def total(hidden, unembed, targets):
+        out = candidate(hidden, unembed, targets)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(out)), out
+
+    def run(hidden, unembed, targets):
+        (_, out), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, unembed, targets)
+        return out, grads
+
+    return run
+
+
+def exact(problem: Problem, *, rows: int) -> Float[np.ndarray, "R"]:
+    """Log-probabilities of the first `rows` targets in numpy float64, from the very operands of the products."""
+    hidden = np.asarray(problem.hidden[:rows], np.float64)
+    unembed = np.asarray(problem.unembed.astype(problem.hidden.dtype), np.float64)
+    z = hidden @ unembed.T
+    z -= z.max(axis=1, keepdims=True)
+    targets = np.asarray(problem.targets[:rows])
+    return z[np.arange(len(z)), targets] - np.log(np.exp(z).sum(axis=1))
+
+
+def measure(problem: Problem, direction: str, *, rounds: int, truth: Float[np.ndarray, "R"]) -> list[Measurement]:
+    """All candidates in one direction, "forward" or "forward+backward", in interleaved rounds."""
+    gradients = direction != "forward"
+    runs = {name: with_gradients(f) if gradients else f for name, f in CANDIDATES.items()}
+    compiled = {name: jax.jit(f).lower(*problem).compile() for name, f in runs.items()}
+    times = medians(interleave({name: partial(f, *problem) for name, f in compiled.items()}, rounds=rounds))
+    temps = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
+    (tokens, width), vocab = problem.hidden.shape, problem.unembed.shape[0]
+    lines = []
+    for name, f in compiled.items():
+        logprob = jax.tree.leaves(f(*problem))[0]
+        products = 1 if not gradients else 4 if name.startswith("tiled") else 3
+        lines.append(
+            Measurement(
+                direction=direction,
+                candidate=name,
+                time_s=times[name],
+                speedup=times[BASELINE] / times[name],
+                gflop_per_s=2e-9 * products * tokens * width * vocab / times[name],
+                temp_bytes=temps[name],
+                temp_ratio=temps[name] / temps[BASELINE],
+                max_error=float(np.abs(np.asarray(logprob[: len(truth)], np.float64) - truth).max()),
+            )
+        )
+    return lines
+
+
+def table(lines: list[Measurement]) -> str:
+    """The measurements as a person reads them."""
+    head = f"{'':17}{'candidate':15}{'ms':>9}{'speed-up':>10}{'GFLOP/s':>9}{'temp MiB':>10}{'ratio':>8}{'max error':>11}"
+    rows = [
+        f"{m.direction:17}{m.candidate:15}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.gflop_per_s:9.1f}"
+        f"{m.temp_bytes / 2**20:10.1f}{m.temp_ratio:8.3f}{m.max_error:11.1e}"
+        for m in lines
+    ]
+    return "\n".join([head, *rows])
+
+
+def run(
+    *, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, error_rows: int = 64
+) -> list[Measurement]:
+    """Both directions on one problem."""
+    problem = make_problem(num_tokens=num_tokens, width=width, vocab=vocab, dtype=dtype)
+    truth = exact(problem, rows=min(error_rows, num_tokens))
+    return [m for d in ("forward", "forward+backward") for m in measure(problem, d, rounds=rounds, truth=truth)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `jaxlm bench token-stats`."""
+    parser.add_argument("--tokens", type=int, default=1024, help="N (default %(default)s)")
+    parser.add_argument("--width", type=int, default=512, help="D (default %(default)s)")
+    parser.add_argument("--vocab", type=int, default=65536, help="V (default %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the hidden states")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median counts (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the measurements to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints the table, writes the JSON."""
+    lines = run(
+        num_tokens=args.tokens, width=args.width, vocab=args.vocab, dtype=args.dtype, rounds=args.rounds
+    )  # fmt: skip
+    device = jax.devices()[0]
+    where = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
+    shape = {"tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
+    print(" ".join(f"{key}={value}" for key, value in (where | shape).items()))
+    print(table(lines))
+    if args.json:
+        args.json.write_text(json.dumps(where | shape | {"measurements": [m._asdict() for m in lines]}, indent=1))
+    return 0

@@ -1,0 +1,51 @@
+"""Examples:
+
+  jaxlm train --config configs/quickstart.py
+  jaxlm train --config configs/quickstart.py --config.optim.learning_rate=1e-3 --config.run_dir=runs/fast
+  jaxlm train --config configs/pretrain/llama_8b_pod.py --shrink      the same shape, in seconds, on this CPU
+  jaxlm train --config configs/quickstart.py --shrink --debug --no-jit    plain Python stepping, for print and pdb
+
+Every field of the config can be set as --config.group.field=value (a Python literal, or a string); an unknown field is
+an error that names the nearest ones. A run lives in config.run_dir: run.json (config, versions, mesh, data
+fingerprint), metrics.jsonl, TensorBoard events, checkpoints, loss.png. Started again, it resumes where it stopped.
+Exit status 75: stopped by a signal, saved, ready to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import Any
+
+from jaxlm.recipes.config import load_config, to_dataclass
+from jaxlm.recipes.runtime import Runtime, configure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `jaxlm train`."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
+    parser.add_argument("--shrink", action="store_true", help="a small model of the same shape, on simulated CPU devices")
+    parser.add_argument("--simulate-devices", type=int, metavar="N", help="N CPU devices in place of the real ones")
+    parser.add_argument("--debug", action="store_true", help="trace NaNs, check shapes and values, forbid transfers")
+    parser.add_argument("--no-jit", action="store_true", help="with --debug: no compilation, for print and pdb")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the recipe that the config names."""
+    recipe, cfg = load_recipe(args.config, args.overrides)
+    devices = args.simulate_devices
+    if args.shrink:
+        from jaxlm.recipes.shrink import num_devices, shrink
+
+        cfg = shrink(recipe.resolve(cfg))
+        devices = devices or num_devices(cfg.mesh)
+    configure(Runtime(simulated_devices=devices, debug=args.debug, jit=not args.no_jit))
+    recipe.run(cfg)
+    return 0
+
+
+def load_recipe(path: str, overrides: list[str]) -> tuple[Any, Any]:
+    """The recipe's module (it has Config, resolve, run) and the typed config of the file."""
+    values = load_config(path, overrides)
+    recipe = importlib.import_module(f"jaxlm.recipes.{values.get('recipe', 'lm')}")
+    return recipe, to_dataclass(recipe.Config, values)
