@@ -52,9 +52,10 @@ class Emitted:
 
 def init_slots(cfg: DecoderConfig, num_slots: int, max_length: int) -> Slots:
     """Empty slots: none of them is active until `refill` puts a task there."""
-    none = jnp.zeros((num_slots,), jnp.int32)
+    # Three arrays, not one thrice: the slots are donated, and a buffer can be given away only once.
+    token, num_new, remaining = (jnp.zeros((num_slots,), jnp.int32) for _ in range(3))
     keys = jax.random.split(jax.random.key(0), num_slots)
-    return Slots(cache=init_cache(cfg, num_slots, max_length), token=none, key=keys, num_new=none, remaining=none)
+    return Slots(init_cache(cfg, num_slots, max_length), token=token, key=keys, num_new=num_new, remaining=remaining)
 
 
 def bucket(n: int, smallest: int = MIN_BUCKET) -> int:
