@@ -4,7 +4,7 @@
     jaxlm bench token-stats --dtype bfloat16 --json out.json
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
-products that each candidate needs: 2NDV forward; with gradients 6NDV dense, 8NDV tiled, which computes the logits twice.
+products that a candidate needs: 2NDV forward; with gradients 6NDV dense, 8NDV tiled, which computes the logits twice.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def measure(problem: Problem, direction: str, *, rounds: int, truth: Float[np.nd
 
 def table(lines: list[Measurement]) -> str:
     """The measurements as a person reads them."""
-    head = f"{'':17}{'candidate':15}{'ms':>9}{'speed-up':>10}{'GFLOP/s':>9}{'temp MiB':>10}{'ratio':>8}{'max error':>11}"
+    names = ("ms", "speed-up", "GFLOP/s", "temp MiB", "ratio", "max error")
+    head = f"{'':17}{'candidate':15}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 10, 8, 11)))
     rows = [
         f"{m.direction:17}{m.candidate:15}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.gflop_per_s:9.1f}"
         f"{m.temp_bytes / 2**20:10.1f}{m.temp_ratio:8.3f}{m.max_error:11.1e}"
@@ -151,9 +152,7 @@ def table(lines: list[Measurement]) -> str:
     return "\n".join([head, *rows])
 
 
-def run(
-    *, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, error_rows: int = 64
-) -> list[Measurement]:
+def run(*, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, error_rows: int = 64) -> list[Measurement]:
     """Both directions on one problem."""
     problem = make_problem(num_tokens=num_tokens, width=width, vocab=vocab, dtype=dtype)
     truth = exact(problem, rows=min(error_rows, num_tokens))
@@ -172,14 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    lines = run(
-        num_tokens=args.tokens, width=args.width, vocab=args.vocab, dtype=args.dtype, rounds=args.rounds
-    )  # fmt: skip
+    size = {"num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
+    lines = run(**size, rounds=args.rounds)
     device = jax.devices()[0]
     where = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
-    shape = {"tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
-    print(" ".join(f"{key}={value}" for key, value in (where | shape).items()))
+    print(" ".join(f"{key}={value}" for key, value in (where | size).items()))
     print(table(lines))
     if args.json:
-        args.json.write_text(json.dumps(where | shape | {"measurements": [m._asdict() for m in lines]}, indent=1))
+        args.json.write_text(json.dumps(where | size | {"measurements": [m._asdict() for m in lines]}, indent=1))
     return 0

@@ -95,26 +95,27 @@ def _stats(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> TokenStats:
 
 
 def _stats_fwd(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> tuple[TokenStats, Any]:
-    sums = _over_vocabulary(
-        partial(_accumulate, plan, head, targets), _empty_sums(plan, head), head.unembed.shape[0], plan.block
-    )
-    known = _inside(targets, head.unembed.shape[0])
+    vocab = head.unembed.shape[0]
+    step = partial(_accumulate, plan, head, targets)
+    sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
+    known = _inside(targets, vocab)
     if plan.axis is not None:
         sums, known = _join(sums, known, plan.axis)
-    # Exact in exact arithmetic; a fused recomputation of z may differ from its own maximum in the last bit.
+    # l >= 1 and t <= 0 hold exactly when z and its maximum do; a fused recomputation of z may differ in the last bit.
     total = jnp.where(sums.exp < 1, 1, sums.exp)
     log_total = jnp.log(total)
     shift = None if sums.shifted is None else jnp.where(sums.shifted > 0, 0, sums.shifted) / total
-    logprob = None
-    if sums.target is not None:
-        logprob = (sums.target - sums.maximum) - log_total
-        logprob = jnp.where(known, jnp.where(logprob > 0, 0, logprob), -jnp.inf)
     stats = TokenStats(
-        logprob=logprob,
+        logprob=None if sums.target is None else _logprob(sums, log_total, known),
         entropy=None if shift is None else log_total - shift,
         logsumexp=sums.maximum + log_total if "logsumexp" in plan.outputs else None,
     )
     return stats, (head, targets, known, sums.maximum, log_total, shift)
+
+
+def _logprob(sums: _Sums, log_total: Float[Array, "N"], known: Bool[Array, "N"]) -> Float[Array, "N"]:
+    logprob = (sums.target - sums.maximum) - log_total
+    return jnp.where(known, jnp.where(logprob > 0, 0, logprob), -jnp.inf)
 
 
 def _empty_sums(plan: _Plan, head: _Head) -> _Sums:
@@ -140,8 +141,15 @@ def _accumulate(plan: _Plan, head: _Head, targets: Array, sums: _Sums, start: Ar
         shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(_times_log(e, below), axis=1)
     target = sums.target
     if target is not None:
-        target = target + jnp.sum(jnp.where(_hits(targets, start, width), z, 0), axis=1)
+        target = target + _target_logit(z, targets - start)
     return _Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
+
+
+def _target_logit(z: Float[Array, "N C"], index: Int[Array, "N"]) -> Float[Array, "N"]:
+    """The target's logit where this block holds it, else 0. Taken from the tile whose maximum was taken."""
+    width = z.shape[1]
+    picked = jnp.take_along_axis(z, jnp.clip(index, 0, width - 1)[:, None], axis=1)[:, 0]
+    return jnp.where(_inside(index, width), picked, 0)
 
 
 def _join(sums: _Sums, known: Bool[Array, "N"], axis: str) -> tuple[_Sums, Bool[Array, "N"]]:
