@@ -1,7 +1,7 @@
 """token_stats against log_softmax on materialised logits: time, work rate, temporary memory, error against float64.
 
-    jaxlm bench token-stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
-    jaxlm bench token-stats --dtype bfloat16 --json out.json
+    jaxlm bench token_stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
+    jaxlm bench token_stats --dtype bfloat16 --json out.json
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
 products that a candidate needs: 2NDV forward; with gradients 6NDV dense, 8NDV tiled, which computes the logits twice.
@@ -160,7 +160,7 @@ def run(*, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, err
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `jaxlm bench token-stats`."""
+    """The options of `jaxlm bench token_stats`."""
     parser.add_argument("--tokens", type=int, default=1024, help="N (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="D (default %(default)s)")
     parser.add_argument("--vocab", type=int, default=65536, help="V (default %(default)s)")

@@ -21,20 +21,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm.train.manifest import MAX_LISTED, check, make_manifest
 from jaxlm.train.memory import rss_bytes
-from jaxlm.typing import Array, Int, Params
+from jaxlm.typing import Params
 
 State = TypeVar("State")
-Manifest = dict[str, dict[str, Any]]
 
 _log = logging.getLogger(__name__)
 _DELETED = ".deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_MAX_LISTED = 20
 
 
 class Checkpoints:
@@ -89,7 +87,7 @@ class Checkpoints:
             "step": step,
             "record": dict(record or {}),
             "metrics": dict(metrics or {}),
-            "manifest": _manifest(parts),
+            "manifest": make_manifest(parts),
         }
         path = self._directory / str(step)
         if _is_whole(path):
@@ -221,36 +219,16 @@ def _load(path: epath.Path, targets: dict[str, Any], *, whole: bool) -> dict[str
     manifest = load_record(path.parent, int(path.name))["manifest"]
     if not whole:
         manifest = {name: leaf for name, leaf in manifest.items() if name.split("/")[0] in targets}
-    _check(path, manifest, targets)
+    check(manifest, targets, where=f"checkpoint {path}")
     try:
         loaded = ocp.load_checkpointables(path, jax.tree.map(_placed, targets))
     except Exception as error:
         raise _damaged(path, "its arrays cannot be read") from error
-    found = _manifest(loaded)
+    found = make_manifest(loaded)
     damaged = [name for name in found if found[name]["checksum"] != manifest[name]["checksum"]]
     if damaged:
-        raise _damaged(path, f"the checksum differs in {', '.join(damaged[:_MAX_LISTED])}")
+        raise _damaged(path, f"the checksum differs in {', '.join(damaged[:MAX_LISTED])}")
     return loaded
-
-
-def _check(path: epath.Path, manifest: Manifest, targets: dict[str, Any]) -> None:
-    """Raises unless the saved leaves are the wanted ones, in path, shape and dtype."""
-    wanted = {name: _describe(leaf) for name, leaf in _leaves(targets).items()}
-    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in manifest.items()}
-    problems = [f"{name}: expected {wanted[name]}, not in the checkpoint" for name in wanted if name not in saved]
-    problems += [f"{name}: in the checkpoint as {saved[name]}, not expected" for name in saved if name not in wanted]
-    problems += [
-        f"{name}: expected {wanted[name]}, saved as {saved[name]}"
-        for name in wanted
-        if name in saved and wanted[name] != saved[name]
-    ]
-    if problems:
-        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        raise ValueError(
-            f"checkpoint {path} is not of this model and optimizer (the config that saved it is in its record):\n  "
-            + "\n  ".join(problems[:_MAX_LISTED])
-            + more
-        )
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -260,39 +238,6 @@ def _parts(state: Any) -> dict[str, Any]:
     counters = {name: value for name, value in fields.items() if jax.tree.leaves(value)[0] is value}
     trees = {name: value for name, value in fields.items() if name not in counters}
     return trees | ({"counters": counters} if counters else {})
-
-
-def _leaves(parts: Any) -> dict[str, Any]:
-    with_path = jax.tree_util.tree_flatten_with_path(parts)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in with_path}
-
-
-def _describe(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _manifest(parts: Any) -> Manifest:
-    leaves = _leaves(parts)
-    checksums = jax.device_get(_checksums(leaves))
-    return {
-        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(checksums[name])}
-        for name, leaf in leaves.items()
-    }
-
-
-@jax.jit
-def _checksums(leaves: dict[str, Array]) -> dict[str, Int[Array, ""]]:
-    return {name: _checksum(leaf) for name, leaf in leaves.items()}
-
-
-def _checksum(x: Array) -> Int[Array, ""]:
-    """sum_i bits_i (2 i + 1) mod 2^32: an integer sum, so no sharding or order of addition changes it."""
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words.astype(jnp.uint32) * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -96,7 +96,9 @@ def train(
 def compile_ahead(train_step: TrainStep, state: Any, batch: Batch) -> TrainStep:
     """The step compiled for these very shapes and shardings; any other is an error, never a second compilation.
 
-    The state is donated, and comes back with the shardings that it had.
+    The state is donated, and comes back with the shardings that it had. Where jit is disabled, the step itself.
     """
+    if jax.config.jax_disable_jit:  # which the ahead-of-time calls below would not heed
+        return train_step
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from jaxlm.data.sources import files, memory, records, stdlib
+from jaxlm.data.sources import files, memory, records, stdlib, text
 
 
 class Source(Protocol):
-    """Rows by index, each a dict of fields, and the place that a message about a row names."""
+    """Rows by index, each a dict of fields.
+
+    `origin(i)` is the place that a message about the row names; `key(i)` names the row alike on every machine, for the
+    held-out split; `version()` changes when the rows may have, for caches.
+    """
 
     def __len__(self) -> int: ...
 
@@ -19,23 +23,35 @@ class Source(Protocol):
 
     def origin(self, i: int) -> str: ...
 
+    def key(self, i: int) -> str: ...
+
+    def version(self) -> str: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """Where rows come from and how they are read.
 
-    kind: text (one document per file), stdlib (the Python standard library's own sources), jsonl (also .gz, .zst),
-    parquet, arrayrecord, tfds (a prepared data set, read without TensorFlow), memory (`rows`). path: a file, a folder
-    or a glob; for tfds the data set's folder. split: the TFDS split. text_field: the field of plain-text rows; rows
-    with prompt/completion or messages need none. part: of the rows, "train" keeps those outside the held-out share,
-    "heldout" those inside; a row's side is a stable hash of its name (file name or row number), so it never changes as
+    kind: text (one document per file), stdlib (the Python standard library's own sources), jsonl (also .gz, .bz2,
+    .zst), parquet, arrayrecord, tfds (a prepared data set, read without TensorFlow), memory (`rows`). path: a file, a
+    folder or a glob, or several; for tfds the data set's folder. split: the TFDS split. A row is a conversation if it
+    has messages_field, an example if it has prompt_field and completion_field, and plain text in text_field otherwise.
+    part: of the rows, "train" keeps those outside the held-out share, "heldout" those inside; a row's side is a stable
+    hash of its name (file below the folder, and row number), so it is the same on every machine and does not change as
     data grows. heldout_share: in (0, 1). limit: at most that many rows. weight: share in a mixture of sources.
+    name: in messages and metrics.
+
+    >>> SourceConfig("jsonl", path="data/*.jsonl.gz", prompt_field="question", completion_field="answer").part
+    'all'
     """
 
     kind: Literal["text", "stdlib", "jsonl", "parquet", "arrayrecord", "tfds", "memory"]
     path: str | tuple[str, ...] | None = None
     split: str = "train"
     text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
     part: Literal["all", "train", "heldout"] = "all"
     heldout_share: float = 0.1
     limit: int | None = None
@@ -43,26 +59,43 @@ class SourceConfig:
     name: str | None = None
     rows: tuple[Any, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind not in OPENERS:
+            raise ValueError(f"source kind {self.kind!r}: expected one of {', '.join(OPENERS)}")
+        if self.path and self.kind in ("stdlib", "memory"):
+            raise ValueError(f"a source of kind {self.kind!r} takes no path, found {self.path!r}")
+        if self.rows and self.kind != "memory":
+            raise ValueError(f"rows are for the kind 'memory', found kind {self.kind!r}")
+        if not 0 < self.heldout_share < 1:
+            raise ValueError(f"heldout_share must be between 0 and 1, found {self.heldout_share}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 (or None for all rows), found {self.limit}")
+
 
 OPENERS: dict[str, Callable[[SourceConfig], Source]] = {
-    "text": lambda c: files.TextFiles(files.find(c.path, files.TEXT_SUFFIXES), text_field=c.text_field),
-    "stdlib": lambda c: files.TextFiles(stdlib.paths(), text_field=c.text_field, root=stdlib.root()),
-    "jsonl": lambda c: files.JsonLines(files.find(c.path, files.JSONL_SUFFIXES)),
+    "text": lambda c: text.TextFiles(files.find(c.path, files.TEXT_SUFFIXES), text_field=c.text_field),
+    "stdlib": lambda c: text.TextFiles(stdlib.files(), text_field=c.text_field),
+    "jsonl": lambda c: text.JsonLines(files.find(c.path, files.JSONL_SUFFIXES)),
     "parquet": lambda c: records.Parquet(files.find(c.path, (".parquet",))),
-    "arrayrecord": lambda c: records.ArrayRecords(files.find(c.path, (".array_record", ".arrayrecord"))),
+    "arrayrecord": lambda c: records.ArrayRecords(
+        files.find(c.path, (".array_record", ".arrayrecord")), text_field=c.text_field
+    ),
     "tfds": lambda c: records.Tfds(_single(c.path), c.split),
     "memory": lambda c: memory.InMemory(c.rows),
 }
 
 
 def open_source(cfg: SourceConfig) -> Source:
-    """Opens the source and keeps the rows that `part` and `limit` name; ValueError if nothing is left."""
+    """Opens the source and keeps the rows that `part` and `limit` name; ValueError if nothing is left.
+
+    >>> source = open_source(SourceConfig("memory", rows=({"text": "a"}, {"text": "b"})))
+    >>> len(source), source[1], source.origin(1)
+    (2, {'text': 'b'}, 'memory:1')
+    """
     source = OPENERS[cfg.kind](cfg)
     indices: Sequence[int] = range(len(source))
     if cfg.part != "all":
-        if not 0 < cfg.heldout_share < 1:
-            raise ValueError(f"heldout_share must be between 0 and 1, found {cfg.heldout_share}")
-        indices = [i for i in indices if is_heldout(source.origin(i), cfg.heldout_share) == (cfg.part == "heldout")]
+        indices = [i for i in indices if is_heldout(source.key(i), cfg.heldout_share) == (cfg.part == "heldout")]
     indices = indices[: cfg.limit]
     if not len(indices):
         raise ValueError(f"source {describe(cfg)}: no rows (of {len(source)} before part={cfg.part!r} and limit={cfg.limit})")
@@ -89,12 +122,20 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         return self.source[self.indices[i]]
 
     def origin(self, i: int) -> str:
         """The place of the row in its source."""
         return self.source.origin(self.indices[i])
+
+    def key(self, i: int) -> str:
+        """The row's name in its source."""
+        return self.source.key(self.indices[i])
+
+    def version(self) -> str:
+        """The source's."""
+        return self.source.version()
 
 
 def _single(path: str | tuple[str, ...] | None) -> str:

@@ -2,76 +2,91 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlm.data.errors import BadRow
+from jaxlm.data.sources.files import File, locate, version
+from jaxlm.data.sources.text import decode, parse_object
 
 
 class Parquet:
     """Rows of Parquet files; one row group at a time is kept decoded."""
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, files: Sequence[File]):
+        import pyarrow
         import pyarrow.parquet
 
-        self.paths = list(paths)
-        self._files = [pyarrow.parquet.ParquetFile(p) for p in self.paths]
-        sizes = [(f, g, file.metadata.row_group(g).num_rows) for f, file in enumerate(self._files) for g in range(file.num_row_groups)]
-        self._groups = [(f, g) for f, g, _ in sizes]
-        self._ends = np.cumsum([n for _, _, n in sizes], dtype=np.int64)
+        self.files = list(files)
+        try:
+            self._readers = [pyarrow.parquet.ParquetFile(f.path) for f in self.files]
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"not a whole Parquet file among {', '.join(str(f.path) for f in self.files)}: {error}") from error
+        self._groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
+        self._group_ends = _ends(self._readers[f].metadata.row_group(g).num_rows for f, g in self._groups)
+        self._file_ends = _ends(reader.metadata.num_rows for reader in self._readers)
         self._kept: tuple[int, list[dict[str, Any]]] = (-1, [])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._file_ends[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self._ends, i, side="right"))
-        number, rows = self._kept
-        if number != group:
+        group, row = locate(self._group_ends, i)
+        kept, rows = self._kept
+        if kept != group:
             file, part = self._groups[group]
-            rows = self._files[file].read_row_group(part).to_pylist()
+            rows = self._readers[file].read_row_group(part).to_pylist()
             self._kept = (group, rows)
-        return rows[i - (int(self._ends[group - 1]) if group else 0)]
+        return rows[row]
 
     def origin(self, i: int) -> str:
         """file:row, rows from 0 within the file."""
-        group = int(np.searchsorted(self._ends, i, side="right"))
-        file = self._groups[group][0]
-        first = next(g for g, (f, _) in enumerate(self._groups) if f == file)
-        return f"{self.paths[file].as_posix()}:{i - (int(self._ends[first - 1]) if first else 0)}"
+        file, row = locate(self._file_ends, i)
+        return f"{self.files[file].path.as_posix()}:{row}"
+
+    def key(self, i: int) -> str:
+        """The file's name below the config's folder, and the row."""
+        file, row = locate(self._file_ends, i)
+        return f"{self.files[file].name}:{row}"
+
+    def version(self) -> str:
+        """Changes when a file does."""
+        return version(f.path for f in self.files)
 
 
 class ArrayRecords:
-    """JSON objects or UTF-8 text in ArrayRecord files; text becomes {"text": …}."""
+    """JSON objects or UTF-8 text in ArrayRecord files; text becomes {text_field: …}."""
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, files: Sequence[File], *, text_field: str = "text"):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self.paths = list(paths)
-        self._source = ArrayRecordDataSource([str(p) for p in self.paths])
+        self.files, self.text_field = list(files), text_field
+        self._readers = [ArrayRecordDataSource([str(f.path)]) for f in self.files]
+        self._ends = _ends(len(reader) for reader in self._readers)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        try:
-            text = self._source[i].decode()
-        except UnicodeDecodeError as error:
-            raise BadRow(self.origin(i), "broken UTF-8", f"{error.reason} at byte {error.start}") from error
-        if not text.startswith("{"):
-            return {"text": text}
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadRow(self.origin(i), "malformed JSON", f"{error.msg} at column {error.colno}") from error
+        file, row = locate(self._ends, i)
+        text = decode(self._readers[file][row], self.origin(i))
+        return parse_object(text, self.origin(i)) if text.startswith("{") else {self.text_field: text}
 
     def origin(self, i: int) -> str:
-        """files:row, rows from 0 over all files."""
-        return f"{self.paths[0].as_posix()}:{i}" if len(self.paths) == 1 else f"{self.paths[0].parent.as_posix()}:{i}"
+        """file:row, rows from 0 within the file."""
+        file, row = locate(self._ends, i)
+        return f"{self.files[file].path.as_posix()}:{row}"
+
+    def key(self, i: int) -> str:
+        """The file's name below the config's folder, and the row."""
+        file, row = locate(self._ends, i)
+        return f"{self.files[file].name}:{row}"
+
+    def version(self) -> str:
+        """Changes when a file does."""
+        return version(f.path for f in self.files)
 
 
 class Tfds:
@@ -80,16 +95,46 @@ class Tfds:
     def __init__(self, folder: str, split: str):
         import tensorflow_datasets as tfds
 
-        self.folder, self.split = folder, split
-        self._source = tfds.builder_from_directory(folder).as_data_source(split=split)
+        self.folder, self.split = Path(folder), split
+        if not (self.folder / "dataset_info.json").is_file():
+            raise ValueError(f"{folder}: not a prepared TFDS data set (expected the folder that holds dataset_info.json)")
+        builder = tfds.builder_from_directory(folder)
+        try:
+            self._source = builder.as_data_source(split=split)
+        except NotImplementedError as error:
+            raise ValueError(f"{folder}: not random-access: prepare it with file_format='array_record'") from error
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(builder.info.splits)}") from error
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row = self._source[i]
-        return {k: v.decode(errors="strict") if isinstance(v, bytes) else v for k, v in row.items()}
+        return _as_text(self._source[i], self.origin(i))
 
     def origin(self, i: int) -> str:
         """folder[split]:row, rows from 0."""
-        return f"{self.folder}[{self.split}]:{i}"
+        return f"{self.folder.as_posix()}[{self.split}]:{i}"
+
+    def key(self, i: int) -> str:
+        """[split]:row, rows from 0."""
+        return f"[{self.split}]:{i}"
+
+    def version(self) -> str:
+        """Changes when a file of the data set does."""
+        return version(sorted(p for p in self.folder.iterdir() if p.is_file()))
+
+
+def _as_text(value: Any, origin: str) -> Any:
+    """Byte strings as text, arrays of them as lists, at any depth."""
+    if isinstance(value, bytes):
+        return decode(value, origin)
+    if isinstance(value, Mapping):
+        return {k: _as_text(v, origin) for k, v in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_as_text(v, origin) for v in value]
+    return value
+
+
+def _ends(sizes: Any) -> np.ndarray:
+    return np.cumsum(list(sizes), dtype=np.int64)

@@ -56,7 +56,7 @@ def check_temperature(temperature: float | Array) -> Float[Array, ""] | None:
             return None
     if jnp.ndim(temperature):
         raise ValueError(f"temperature: expected a scalar, found shape {jnp.shape(temperature)}")
-    return jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    return jax.lax.stop_gradient(jnp.asarray(temperature, jnp.result_type(float)))
 
 
 def check_soft_cap(soft_cap: float | None) -> float | None:

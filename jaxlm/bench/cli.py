@@ -1,0 +1,32 @@
+"""Examples:
+
+  jaxlm bench token_stats                 the hot path against log_softmax on materialised logits
+  jaxlm bench train --versus torch        a training step against the same model in PyTorch
+
+Rivals run in one process, in rotating order; what counts is the ratio of medians. `jaxlm bench NAME --help` for more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+BENCHMARKS = ("token_stats", "train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A subcommand per benchmark."""
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="NAME", required=True)
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"jaxlm.bench.{name}")
+        summary = (module.__doc__ or "").split("\n")[0]
+        sub = subparsers.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(main=module.main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Unused: each benchmark's own main is called."""
+    raise AssertionError(args)
