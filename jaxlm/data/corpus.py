@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
@@ -65,7 +64,7 @@ class TokenCorpus:
             np.save(temporary / f"{name}.npy", getattr(self, name))
         (temporary / "origins.json").write_text(json.dumps(list(self.origins)))
         try:
-            os.rename(temporary, folder)
+            temporary.rename(folder)
         except OSError:
             shutil.rmtree(temporary)
             if not folder.is_dir():

@@ -18,48 +18,61 @@ from jaxlm.data.tokenizer import Tokenizer
 class Encoder:
     """How rows become tokens.
 
-    A row with `messages` is a conversation; one with `prompt` and `completion` (strings, or message lists) is an
-    example; any other must have `text_field`. completion_only: of examples and conversations, only what the assistant
-    says is to be predicted; otherwise everything is. template None: the tokenizer's own, or ChatML.
+    A row with messages_field is a conversation (its `tools`, if any, go to the template); one with prompt_field and
+    completion_field (strings, or message lists) is an example; any other must have text_field. completion_only: of
+    examples and conversations, only what the assistant says is to be predicted; otherwise everything is. template
+    None: the tokenizer's own, or ChatML.
+
+    >>> from jaxlm.data.tokenizer import ByteTokenizer
+    >>> document = Encoder(ByteTokenizer())({"prompt": "1+", "completion": "2"}, "a.jsonl:1")
+    >>> document.tokens.tolist(), document.mask.astype(int).tolist()
+    ([256, 49, 43, 50, 257], [0, 0, 0, 1, 1])
     """
 
     tokenizer: Tokenizer
     text_field: str = "text"
     completion_only: bool = True
     template: str | None = None
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
 
     def __call__(self, row: Mapping[str, Any], origin: str) -> Document:
         """The row as a document; raises BadRow, naming the place, for what cannot be used."""
-        if "messages" in row:
-            return self._conversation(_messages(row, "messages", origin), 0, origin)
-        if "prompt" in row and "completion" in row:
-            if isinstance(row["prompt"], str):
-                return self._example(_text(row, "prompt", origin, empty=True), _text(row, "completion", origin), origin)
-            prompt = _messages(row, "prompt", origin)
-            return self._conversation([*prompt, *_messages(row, "completion", origin)], len(prompt), origin)
-        return self.text(_text(row, self.text_field, origin), origin)
+        if self.messages_field in row:
+            return self._conversation(_messages(row, self.messages_field, origin), 0, row, origin)
+        if self.prompt_field in row and self.completion_field in row:
+            if isinstance(row[self.prompt_field], str):
+                prompt_text = text_of(row, origin, field=self.prompt_field, empty=True)
+                return self._example(prompt_text, text_of(row, origin, field=self.completion_field), origin)
+            prompt = _messages(row, self.prompt_field, origin)
+            messages = [*prompt, *_messages(row, self.completion_field, origin)]
+            return self._conversation(messages, len(prompt), row, origin)
+        return self.text(text_of(row, origin, field=self.text_field), origin)
 
     def text(self, text: str, origin: str) -> Document:
         """begin + tokens + end; everything but the begin token is predicted."""
-        return self._join([(self.tokenizer.encode(text), True)], origin, end=True)
+        return self._join([(self.tokenizer.encode_plain(text), True)], origin, end=True)
 
     def _example(self, prompt: str, completion: str, origin: str) -> Document:
-        # Each side is tokenised by itself and joined as ids: the boundary is where generation will start from.
-        pieces = [(self.tokenizer.encode(prompt), not self.completion_only), (self.tokenizer.encode(completion), True)]
-        return self._join(pieces, origin, end=True)
+        return self._join(self._encode([(prompt, False), (completion, True)]), origin, end=True)
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]], first: int, origin: str) -> Document:
+    def _conversation(
+        self, messages: Sequence[Mapping[str, Any]], first: int, row: Mapping[str, Any], origin: str
+    ) -> Document:
         template = self.template or self.tokenizer.chat_template or chat.CHATML
+        variables = {**self.tokenizer.special_tokens, **({"tools": row["tools"]} if row.get("tools") else {})}
         try:
-            spans = chat.spans(messages, template=template, first_trained=first, **self._special_tokens())
+            spans = chat.spans(messages, template=template, first_trained=first, **variables)
         except ValueError as error:
             raise BadRow(origin, "conversation", str(error)) from error
-        pieces = [(self.tokenizer.encode(s.text), s.trained or not self.completion_only) for s in spans]
-        return self._join(pieces, origin, end=False)
+        return self._join(self._encode(spans), origin, end=False)
 
-    def _special_tokens(self) -> dict[str, str]:
-        name = getattr(self.tokenizer, "special_token", lambda _: "")
-        return {"bos_token": name("bos"), "eos_token": name("eos")}
+    def _encode(self, spans: Sequence[tuple[str, bool]]) -> list[tuple[np.ndarray, bool]]:
+        # Each side is tokenised by itself and joined as ids: the boundary is where generation will start from.
+        spans = [(text, trained) for text, trained in spans if text]
+        encoders = [self.tokenizer.encode] + [self.tokenizer.encode_continuation] * (len(spans) - 1)
+        return [(e(text), trained or not self.completion_only) for e, (text, trained) in zip(encoders, spans)]
 
     def _join(self, pieces: Sequence[tuple[np.ndarray, bool]], origin: str, *, end: bool) -> Document:
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -91,9 +104,11 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return _BYTES[name]
 
 
-def _text(row: Mapping[str, Any], field: str, origin: str, *, empty: bool = False) -> str:
+def text_of(row: Mapping[str, Any], origin: str, *, field: str, empty: bool = False) -> str:
+    """The row's text in `field`; BadRow if it is missing, not text, empty (unless allowed), or cannot be UTF-8."""
     if field not in row:
-        raise BadRow(origin, "missing field", f"expected {field!r}, found {', '.join(map(repr, sorted(row))) or 'nothing'}")
+        found = ", ".join(map(repr, sorted(row))) or "nothing"
+        raise BadRow(origin, "missing field", f"expected {field!r}, found {found}")
     if not isinstance(row[field], str):
         raise BadRow(origin, "wrong type", f"expected {field!r} to be text, found {type(row[field]).__name__}")
     if not row[field] and not empty:
@@ -107,11 +122,19 @@ def _text(row: Mapping[str, Any], field: str, origin: str, *, empty: bool = Fals
 
 def _messages(row: Mapping[str, Any], field: str, origin: str) -> list[Mapping[str, Any]]:
     messages = row.get(field)
-    if not isinstance(messages, list | tuple) or not messages:
-        raise BadRow(origin, "wrong type", f"expected {field!r} to be a list of messages, found {type(messages).__name__}")
+    if not isinstance(messages, list | tuple):
+        found = type(messages).__name__
+        raise BadRow(origin, "wrong type", f"expected {field!r} to be a list of messages, found {found}")
+    if not messages:
+        raise BadRow(origin, "empty", f"{field!r} has no messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRow(origin, "wrong type", f"message {i} of {field!r} needs a text field 'role'")
-        if message["role"] == "assistant" and "content" in message:
-            _text(message, "content", origin, empty=True)
+        content = message.get("content")
+        if isinstance(content, str):
+            text_of(message, origin, field="content", empty=True)
+        elif not isinstance(content, list) and not (content is None and message.get("tool_calls")):
+            # Templates would write out "None", or nothing at all.
+            found = f"{content!r:.40}"
+            raise BadRow(origin, "wrong type", f"message {i} of {field!r} needs text in 'content', found {found}")
     return list(messages)

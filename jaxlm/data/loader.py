@@ -25,7 +25,8 @@ class Rows(NamedTuple):
 
     def row(self, i: int) -> Row:
         """The arrays of row i."""
-        return make_row([(self.corpus[p.document], p.start, p.stop) for p in self.plan[i]], self.length, pad_id=self.pad_id)
+        pieces = [(self.corpus[p.document], p.start, p.stop) for p in self.plan[i]]
+        return make_row(pieces, self.length, pad_id=self.pad_id)
 
     def origins(self, i: int) -> list[str]:
         """Where the pieces of row i come from."""
@@ -70,8 +71,8 @@ class Loader:
             return
         have = ", ".join(f"{p.name}: {p.num_rows:,} rows x {p.epochs} epochs" for p in self.mixture.parts)
         raise ValueError(
-            f"{num_steps:,} steps of {self.batch_size} rows need {num_steps * self.batch_size:,} rows, but the data gives "
-            f"{len(self.mixture):,} ({have}), enough for {self.num_steps:,} steps: lower train.num_steps or "
+            f"{num_steps:,} steps of {self.batch_size} rows need {num_steps * self.batch_size:,} rows, but the data "
+            f"gives {len(self.mixture):,} ({have}), enough for {self.num_steps:,} steps: lower train.num_steps or "
             "data.batch_size, or raise data.epochs"
         )
 
@@ -90,7 +91,9 @@ class Loader:
             found.append({"data": rows.name, "row": i, "origins": rows.origins(i)})
         return found
 
-    def batches(self, start: int, stop: int, *, num_threads: int = 2, buffer: int = 4) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def batches(
+        self, start: int, stop: int, *, num_threads: int = 2, buffer: int = 4
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start` up to `stop`, made ahead of time by Grain's worker threads.
 
         Starting anywhere costs nothing, and an error names the step. num_threads 0 makes each batch when it is asked.

@@ -17,7 +17,7 @@ BLOCK = 1024
 
 
 class Part(NamedTuple):
-    """One data set of a mixture: its rows, its share of the mixture (any positive scale), and how often it may repeat."""
+    """One data set of a mixture: its rows, its share of the whole (any positive scale), how often it may repeat."""
 
     num_rows: int
     weight: float = 1.0
@@ -97,5 +97,5 @@ def _quotas(parts: Sequence[Part]) -> np.ndarray:
         quotas[i] += 1
     for part, quota in zip(parts, quotas):
         if not quota:
-            raise ValueError(f"data set {part.name!r} has weight {part.weight}, below 1/{BLOCK} of the mixture: raise it")
+            raise ValueError(f"data set {part.name!r}: weight {part.weight} is below 1/{BLOCK} of the whole: raise it")
     return quotas

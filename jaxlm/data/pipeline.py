@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +55,8 @@ def build(cfg: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, proc
         process_index=process_index,
         process_count=process_count,
     )
-    prints = [rows.corpus.fingerprint() for rows, *_ in train] + [rows.corpus.fingerprint() for rows in heldout.values()]
-    return Datasets(loader, heldout, skipped, hashlib.sha256("".join(prints).encode()).hexdigest()[:16])
+    prints = "".join(rows.corpus.fingerprint() for rows in [*loader.sources, *heldout.values()])
+    return Datasets(loader, heldout, skipped, hashlib.sha256(prints.encode()).hexdigest()[:16])
 
 
 def read_rows(
@@ -87,21 +89,37 @@ def _corpus(
 ) -> TokenCorpus:
     if cfg.cache_dir is None:
         return TokenCorpus.from_documents(_documents(source, cfg, tokenizer, skipped))
-    opened = open_source(source)
-    inputs = (source, len(opened), opened.origin(0), tokenizer.fingerprint(), cfg.sequence_length, cfg.packing,
+    inputs = (source, open_source(source).version(), tokenizer.fingerprint(), cfg.sequence_length, cfg.packing,
               cfg.completion_only, cfg.chat_template, cfg.bad_rows, cfg.overlong)  # fmt: skip
     folder = Path(cfg.cache_dir) / hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
+    counts = folder.with_suffix(".skipped.json")
     if not folder.is_dir():
-        TokenCorpus.from_documents(_documents(source, cfg, tokenizer, skipped)).save(folder)
+        left_out: collections.Counter[str] = collections.Counter()
+        corpus = TokenCorpus.from_documents(_documents(source, cfg, tokenizer, left_out))
+        # Written before the corpus: whoever finds the corpus also finds what is missing from it.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        temporary.write_text(json.dumps(left_out))
+        temporary.replace(counts)
+        corpus.save(folder)
+    skipped.update(json.loads(counts.read_text()))
     return TokenCorpus.load(folder)
 
 
 def _documents(
     source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, skipped: collections.Counter[str]
 ) -> Iterator[Document]:
-    encode = Encoder(tokenizer, source.text_field, cfg.completion_only, cfg.chat_template)
-    opened = open_source(source)
-    for i in tqdm(range(len(opened)), desc=f"tokenising {describe(source)}", unit="row", disable=None, leave=False, delay=1):
+    encode = Encoder(
+        tokenizer,
+        text_field=source.text_field,
+        completion_only=cfg.completion_only,
+        template=cfg.chat_template,
+        prompt_field=source.prompt_field,
+        completion_field=source.completion_field,
+        messages_field=source.messages_field,
+    )
+    opened, title = open_source(source), f"tokenising {describe(source)}"
+    for i in tqdm(range(len(opened)), desc=title, unit="row", disable=None, leave=False, delay=1):
         try:
             document = encode(opened[i], opened.origin(i))
             yield document if cfg.packing == "stream" else _fit(document, cfg, skipped)
@@ -133,7 +151,11 @@ def _fit(document: Document, cfg: DataConfig, skipped: collections.Counter[str])
 
 
 def texts(source: SourceConfig) -> Iterator[bytes]:
-    """The raw text of a source's plain-text rows: what a compressor gets to see."""
+    """The raw text of a source's plain-text rows: what a compressor gets to see. Bad rows are passed over, as in
+    training, which counts or refuses them before this is asked for."""
     opened = open_source(source)
     for i in range(len(opened)):
-        yield opened[i][source.text_field].encode()
+        try:
+            yield opened[i][source.text_field].encode()
+        except (BadRow, KeyError, AttributeError, UnicodeEncodeError):
+            continue

@@ -21,7 +21,9 @@ class Decoder(Protocol):
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def render_batch(batch: Mapping[str, np.ndarray], tokenizer: Decoder, *, rows: int | None = None, width: int = 400) -> str:
+def render_batch(
+    batch: Mapping[str, np.ndarray], tokenizer: Decoder, *, rows: int | None = None, width: int = 400
+) -> str:
     """Every row, segment by segment: counts, positions, and text with the trained spans in brackets.
 
     batch: the fields of `jaxlm.data.batch`, each [B, T]; rows: how many (None: all); width: characters of text per
@@ -29,7 +31,8 @@ def render_batch(batch: Mapping[str, np.ndarray], tokenizer: Decoder, *, rows: i
     """
     num_rows = len(batch["inputs"]) if rows is None else min(rows, len(batch["inputs"]))
     shape = " x ".join(map(str, batch["inputs"].shape))
-    blocks = [f"batch of {shape} tokens: {int(batch['mask'].sum()):,} targets, {int((batch['segments'] == 0).sum()):,} padding"]
+    padding = int((batch["segments"] == 0).sum())
+    blocks = [f"batch of {shape} tokens: {int(batch['mask'].sum()):,} targets, {padding:,} padding"]
     for r in range(num_rows):
         row = {name: np.asarray(x[r]) for name, x in batch.items()}
         blocks.append(_render_row(r, row, tokenizer, width))
@@ -69,7 +72,9 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def render_tokens(batch: Mapping[str, np.ndarray], tokenizer: Decoder, *, row: int = 0, limit: int | None = None) -> str:
+def render_tokens(
+    batch: Mapping[str, np.ndarray], tokenizer: Decoder, *, row: int = 0, limit: int | None = None
+) -> str:
     """One row as a table, a line per position: segment, position, input, target, and whether the target counts.
 
     >>> from jaxlm.data.tokenizer import ByteTokenizer

@@ -12,14 +12,21 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from jaxlm.data.encode import text_of
 from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import SentencePieceTokenizer
 
 HELDOUT_SHARE = 0.01
+# The trainer drops a whole sentence that holds one of the characters that it uses for itself, and one that is too long.
+RESERVED = re.compile("[\\0\t\u2047\u2581\u2585]")
+SENTENCE_BYTES = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", default="text", help="the field of a JSON row that is trained on")
     parser.add_argument("--vocab-size", type=int, default=8000)
     parser.add_argument("--max-bytes", type=int, default=50_000_000, help="text read at most (default 50 MB)")
+    parser.add_argument("--symbols", nargs="+", default=[], help="become one piece each: '<|im_start|>' '<|im_end|>'")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where tokenizer.model is written")
 
 
@@ -38,52 +46,65 @@ def main(args: argparse.Namespace) -> int:
     """Trains, saves, and reports bytes per token on the rows left out."""
     kind: Literal["text", "jsonl", "stdlib"] = "stdlib" if args.stdlib else "text" if args.text else "jsonl"
     where = dict(kind=kind, path=args.text or args.jsonl, text_field=args.text_field, heldout_share=HELDOUT_SHARE)
-    model = train_sentencepiece(
-        _texts(SourceConfig(**where, part="train"), args.max_bytes), vocab_size=args.vocab_size
-    )
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    texts = _texts(SourceConfig(**where, part="train"), args.max_bytes)
+    model = train_sentencepiece(texts, vocab_size=args.vocab_size, user_defined_symbols=args.symbols)
     path = Path(args.out) / "tokenizer.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model)
-    tokenizer = SentencePieceTokenizer(path)
-    print(f"{path}: {tokenizer.vocab_size:,} pieces")
+    print(f"{path}: {SentencePieceTokenizer(path).vocab_size:,} pieces")
     try:
         heldout = list(_texts(SourceConfig(**where, part="heldout"), args.max_bytes))
     except ValueError:
         print("no row was left out to measure on: the source has too few")
         return 0
-    num_bytes = sum(len(t.encode()) for t in heldout)
-    num_tokens = sum(len(tokenizer.encode(t)) for t in heldout)
-    print(f"{num_bytes / num_tokens:.3f} bytes per token on {len(heldout):,} rows that were left out ({num_bytes:,} bytes)")
-    sample = heldout[0][:60]
-    print("sample: " + " ".join(repr(tokenizer.decode([i])) for i in tokenizer.encode(sample)))
+    print(report(SentencePieceTokenizer(path), heldout))
     return 0
 
 
+def report(tokenizer: SentencePieceTokenizer, texts: list[str]) -> str:
+    """Bytes per token on the texts, and how the first of them begins, piece by piece."""
+    num_bytes = sum(len(t.encode()) for t in texts)
+    num_tokens = sum(len(tokenizer.encode_plain(t)) for t in texts)
+    sample = " ".join(repr(tokenizer.decode([i])) for i in tokenizer.encode_plain(texts[0][:60]))
+    return (
+        f"{num_bytes / max(num_tokens, 1):.3f} bytes per token on {len(texts):,} rows that were left out "
+        f"({num_bytes:,} bytes)\nsample: {sample}"
+    )
+
+
 def _texts(source: SourceConfig, max_bytes: int) -> Iterator[str]:
-    rows, seen = open_source(source), 0
-    for i in range(len(rows)):
-        text = rows[i][source.text_field]
-        seen += len(text.encode())
-        if seen > max_bytes:
+    """The source's texts in an arbitrary but fixed order, up to max_bytes: a fair sample where there is more."""
+    rows, left = open_source(source), max_bytes
+    for n, i in enumerate(np.random.default_rng(0).permutation(len(rows))):
+        if left <= 0:
+            print(f"read {n:,} of {len(rows):,} rows: the others are beyond {max_bytes:,} bytes (--max-bytes)")
             return
+        text = text_of(rows[int(i)], rows.origin(int(i)), field=source.text_field)[:left]
+        left -= len(text.encode())
         yield text
 
 
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
+def _sentences(text: str) -> Iterator[str]:
+    """The text in pieces that the trainer takes; newlines stay in them, so that vocabulary can hold them."""
+    for part in RESERVED.split(text):
+        for start in range(0, len(part), SENTENCE_BYTES // 4):
+            yield part[start : start + SENTENCE_BYTES // 4]
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, **options: Any) -> bytes:
     """A BPE model, as the bytes of its file, that encodes every text without loss.
 
-    Identity normalisation, no space put before the text, runs of spaces kept, newlines and tabs inside pieces, digits
-    one by one, and byte fallback. Ids: 0 unknown, 1 begin, 2 end, 3 padding. Raises ValueError if the texts are too few
-    for vocab_size.
+    Identity normalisation, no space put before the text, runs of spaces kept, newlines inside pieces, digits one by
+    one, and byte fallback (tabs are bytes). Ids: 0 unknown, 1 begin, 2 end, 3 padding, 4-259 bytes. options:
+    sentencepiece's own, for instance user_defined_symbols=["<|im_start|>", "<|im_end|>"]. Raises ValueError if the
+    texts are too few for vocab_size, or vocab_size too small for their characters.
     """
     import sentencepiece
 
     out = io.BytesIO()
-    # The trainer reads sentences; lines keep their newline, so that pieces can hold it.
-    lines = (line for text in texts for line in text.splitlines(keepends=True))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=(s for text in texts for s in _sentences(text) if s),
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -94,13 +115,15 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
             split_digits=True,
             byte_fallback=True,
             character_coverage=0.9995,
-            max_sentence_length=100_000,
+            max_sentence_length=SENTENCE_BYTES,
             unk_id=0,
             bos_id=1,
             eos_id=2,
             pad_id=3,
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
-        raise ValueError(f"sentencepiece could not train {vocab_size} pieces: {error}; give more text or fewer pieces") from error
+        found = re.sub(r"\w+: src/\S+ \[.*?\] ", "", str(error))
+        raise ValueError(f"sentencepiece cannot train vocab_size={vocab_size} on this text: {found}") from error
     return out.getvalue()

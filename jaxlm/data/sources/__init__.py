@@ -98,7 +98,7 @@ def open_source(cfg: SourceConfig) -> Source:
         indices = [i for i in indices if is_heldout(source.key(i), cfg.heldout_share) == (cfg.part == "heldout")]
     indices = indices[: cfg.limit]
     if not len(indices):
-        raise ValueError(f"source {describe(cfg)}: no rows (of {len(source)} before part={cfg.part!r} and limit={cfg.limit})")
+        raise ValueError(f"source {describe(cfg)}: part={cfg.part!r} leaves none of its {len(source)} rows")
     return source if len(indices) == len(source) else Subset(source, indices)
 
 

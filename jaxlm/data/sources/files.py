@@ -7,7 +7,6 @@ import glob
 import gzip
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,25 +31,24 @@ def find(path: str | tuple[str, ...] | None, suffixes: tuple[str, ...]) -> list[
     Below a folder, only files with one of the suffixes (compressed or not) count. ValueError for a path without files.
     """
     if not path:
-        raise ValueError(f"this kind of source needs a path: a file, a folder, or a glob of {', '.join(suffixes)} files")
+        raise ValueError(f"this kind of source needs a path: a file, a folder, or a glob of {', '.join(suffixes)}")
     found: dict[Path, File] = {}
     for one in [path] if isinstance(path, str) else path:
-        here = _find(os.path.expanduser(one), suffixes)
+        here = _find(Path(one).expanduser(), suffixes)
         if not here:
             raise ValueError(f"no files at {one!r} (looked for {', '.join(suffixes)}, also {', '.join(COMPRESSED)})")
         found |= {f.path: f for f in here}
     return sorted(found.values())
 
 
-def _find(one: str, suffixes: tuple[str, ...]) -> list[File]:
-    here = Path(one)
+def _find(here: Path, suffixes: tuple[str, ...]) -> list[File]:
     if here.is_file():
         return [File(here, here.name)]
     if here.is_dir():
         root, paths = here, [p for p in here.rglob("*") if _stem(p).endswith(suffixes)]
     else:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), here.parts))
-        paths = [Path(p) for p in glob.glob(one, recursive=True)]
+        paths = [] if root == here else list(root.glob(here.relative_to(root).as_posix()))
     return [File(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
 
 

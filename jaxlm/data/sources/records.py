@@ -23,7 +23,8 @@ class Parquet:
         try:
             self._readers = [pyarrow.parquet.ParquetFile(f.path) for f in self.files]
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"not a whole Parquet file among {', '.join(str(f.path) for f in self.files)}: {error}") from error
+            names = ", ".join(f.path.as_posix() for f in self.files)
+            raise ValueError(f"not a whole Parquet file among {names}: {error}") from error
         self._groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
         self._group_ends = _ends(self._readers[f].metadata.row_group(g).num_rows for f, g in self._groups)
         self._file_ends = _ends(reader.metadata.num_rows for reader in self._readers)
@@ -97,7 +98,7 @@ class Tfds:
 
         self.folder, self.split = Path(folder), split
         if not (self.folder / "dataset_info.json").is_file():
-            raise ValueError(f"{folder}: not a prepared TFDS data set (expected the folder that holds dataset_info.json)")
+            raise ValueError(f"{folder}: not a prepared TFDS data set (expected a folder with dataset_info.json)")
         builder = tfds.builder_from_directory(folder)
         try:
             self._source = builder.as_data_source(split=split)

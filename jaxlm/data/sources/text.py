@@ -109,7 +109,8 @@ def parse_object(text: str, origin: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        column = isinstance(error, json.JSONDecodeError) and error.colno
+        where = f"{error.msg} at column {column}" if column else "nested too deeply"
         raise BadRow(origin, "malformed JSON", f"{where}; expected one JSON object per line") from error
     if not isinstance(value, dict):
         raise BadRow(origin, "wrong type", f"expected a JSON object, found {type(value).__name__}")
