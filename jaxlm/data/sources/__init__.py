@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -104,7 +104,8 @@ def open_source(cfg: SourceConfig) -> Source:
 
 def is_heldout(name: str, share: float) -> bool:
     """A stable coin: the same name falls on the same side on every machine and in every run."""
-    return zlib.crc32(name.encode()) < share * 2**32
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def describe(cfg: SourceConfig) -> str:

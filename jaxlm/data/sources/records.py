@@ -132,7 +132,7 @@ def _as_text(value: Any, origin: str) -> Any:
         return decode(value, origin)
     if isinstance(value, Mapping):
         return {k: _as_text(v, origin) for k, v in value.items()}
-    if isinstance(value, np.ndarray) and value.dtype == object:
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return [_as_text(v, origin) for v in value]
     return value
 
