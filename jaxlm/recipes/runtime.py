@@ -13,8 +13,8 @@ import jax
 class Runtime:
     """Settings of the process, not of the run: none of them changes a number that the run computes.
 
-    simulated_devices: that many CPU devices in place of the real ones. debug: trace the first NaN to its line, forbid
-    implicit transfers, log recompilations. jit False: plain Python stepping, for print and pdb.
+    simulated_devices: that many CPU devices in place of the real ones. debug: trace the first NaN to its line and
+    explain recompilations. jit False: plain Python stepping, for print and pdb.
     """
 
     simulated_devices: int | None = None
