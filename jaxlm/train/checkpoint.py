@@ -93,7 +93,8 @@ class Checkpoints:
         if _is_whole(path):
             raise ValueError(f"checkpoint {path} is already there; a step is saved once")
         # overwrite: what stands there is half of a save that was killed (in a bucket there is no rename to hide it).
-        response = ocp.save_checkpointables_async(path, parts, overwrite=True, custom_metadata=metadata)
+        with _context():
+            response = ocp.save_checkpointables_async(path, parts, overwrite=True, custom_metadata=metadata)
         _log.info(
             "step %d: copied to host in %.2f s, rss %.2f GB before and %.2f GB after",
             *(step, time.perf_counter() - start, before / 1e9, rss_bytes() / 1e9),
@@ -250,6 +251,13 @@ def _step_path(directory: str | os.PathLike[str], step: int | None) -> epath.Pat
     if not steps or (step is not None and step not in steps):
         raise ValueError(f"{folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {steps}")
     return folder / str(max(steps) if step is None else step)
+
+
+def _context() -> ocp.Context:
+    # In the background, a folder that cannot be made would be waited for over five minutes before the save fails.
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def _folder(directory: str | os.PathLike[str]) -> epath.Path:

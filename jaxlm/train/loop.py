@@ -98,7 +98,7 @@ def compile_ahead(train_step: TrainStep, state: Any, batch: Batch) -> TrainStep:
 
     The state is donated, and comes back with the shardings that it had. Where jit is disabled, the step itself.
     """
-    if jax.config.jax_disable_jit:  # which the ahead-of-time calls below would not heed
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # which the ahead-of-time calls below would not heed
         return train_step
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
