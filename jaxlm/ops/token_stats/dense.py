@@ -43,6 +43,8 @@ def from_logits(
     if temperature is not None:
         logits = logits / temperature.astype(logits.dtype)
     log_probs = jax.nn.log_softmax(logits)
+    # Where XLA fuses the logits into two loops they may differ in the last bit, and a log-probability exceed 0 by one.
+    log_probs = log_probs - jax.lax.stop_gradient(jnp.maximum(log_probs, 0))
     return TokenStats(
         logprob=_pick(log_probs, targets) if "logprob" in outputs else None,
         entropy=_entropy(log_probs) if "entropy" in outputs else None,

@@ -1,0 +1,62 @@
+"""The benchmark of the hot path at a size where time means nothing: what it counts, compares and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.bench import interleave as timing
+from jaxlm.bench import token_stats as bench
+
+
+def test_candidates_take_turns_in_a_rotating_order():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = timing.interleave(candidates, rounds=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(s >= 0 for seconds in times.values() for s in seconds)
+
+
+@pytest.mark.parametrize("bad", [{"candidates": {}, "rounds": 1}, {"candidates": {"a": int}, "rounds": 0}])
+def test_nothing_to_measure_is_an_error(bad):
+    with pytest.raises(ValueError, match="at least one round and one candidate"):
+        timing.interleave(**bad)
+
+
+def test_an_unknown_baseline_is_an_error():
+    with pytest.raises(ValueError, match="unknown baseline 'c': expected one of a, b"):
+        timing.speedups({"a": [1.0], "b": [1.0]}, baseline="c")
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-6)])
+def test_every_candidate_computes_the_same(dtype, error):
+    problem = bench.make_problem(num_tokens=16, width=8, vocab=600, dtype=dtype)
+    truth = bench.exact(problem, rows=16)
+    for direction in ("forward", "forward+backward"):
+        lines = bench.measure(problem, direction, rounds=1, truth=truth)
+        assert [m.candidate for m in lines] == list(bench.CANDIDATES)
+        assert max(m.max_error for m in lines[:1] + lines[2:]) < error
+        assert lines[0].speedup == 1 and lines[0].temp_ratio == 1
+
+
+def test_gradients_are_those_of_the_sum():
+    problem = bench.make_problem(num_tokens=4, width=8, vocab=60, dtype="float32")
+    grads = [jax.jit(bench.with_gradients(bench.CANDIDATES[name]))(*problem)[1] for name in ("log_softmax", "tiled")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *grads)
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    out = tmp_path / "out.json"
+    options = ["--tokens", "4", "--width", "8", "--vocab", "50", "--rounds", "1", "--json", str(out)]
+    assert bench.main(parser.parse_args(options)) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "vocab=50" in table[0] and len(table) == 2 + 2 * len(bench.CANDIDATES)
+    written = json.loads(out.read_text())
+    assert written["vocab"] == 50 and [m["candidate"] for m in written["measurements"]] == 2 * list(bench.CANDIDATES)
