@@ -73,8 +73,8 @@ class TokenCorpus:
     @classmethod
     def load(cls, folder: Path) -> TokenCorpus:
         """Maps the arrays of a saved corpus; nothing is read until it is used."""
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
-        return cls(*arrays, origins=json.loads((folder / "origins.json").read_text()))
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        return cls(**arrays, origins=json.loads((folder / "origins.json").read_text()))
 
 
 def _join(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Plans of which targets go into which row, made from lengths alone: a plan is data, never a running state.
 
-    stream  pretraining: all targets in a line, cut every T; each is predicted once; only the last row has padding
-    pack    whole examples, best-fit-decreasing into rows of T
-    pad     one example per row
+stream  pretraining: all targets in a line, cut every T; each is predicted once; only the last row has padding
+pack    whole examples, best-fit-decreasing into rows of T
+pad     one example per row
 """
 
 from __future__ import annotations

@@ -143,7 +143,8 @@ def _fit(document: Document, cfg: DataConfig, skipped: collections.Counter[str])
             OVERLONG,
             f"{num_targets(document)} targets, sequence_length={cfg.sequence_length} (or set data.overlong)",
         )
-    cut = Document(*(a[: cfg.sequence_length + 1] for a in document[:3]), document.origin)
+    keep = slice(cfg.sequence_length + 1)
+    cut = Document(document.tokens[keep], document.mask[keep], document.target_bytes[keep], document.origin)
     if not cut.mask[1:].any():
         raise BadRow(document.origin, OVERLONG, "truncation would leave nothing to predict")
     skipped["truncated"] += 1

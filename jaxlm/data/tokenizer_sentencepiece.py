@@ -60,9 +60,13 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _without_prefix(self) -> Any:
-        sp = _load(self._model)
-        sp.override_normalizer_spec(add_dummy_prefix=False)
-        return sp
+        if self.lossless:
+            return self._sp
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        model.normalizer_spec.add_dummy_prefix = False
+        return _load(model.SerializeToString())
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; control tokens (begin, end, padding) vanish."""

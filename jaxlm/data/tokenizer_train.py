@@ -27,6 +27,22 @@ HELDOUT_SHARE = 0.01
 # The trainer drops a whole sentence that holds one of the characters that it uses for itself, and one that is too long.
 RESERVED = re.compile("[\\0\t\u2047\u2581\u2585]")
 SENTENCE_BYTES = 16_384
+LOSSLESS = dict(
+    model_type="bpe",
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    allow_whitespace_only_pieces=True,
+    split_digits=True,
+    byte_fallback=True,
+    character_coverage=0.9995,
+    max_sentence_length=SENTENCE_BYTES,
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=3,
+    minloglevel=2,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,26 +118,10 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, **options: Any
     import sentencepiece
 
     out = io.BytesIO()
+    sentences = (s for text in texts for s in _sentences(text) if s)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(s for text in texts for s in _sentences(text) if s),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            max_sentence_length=SENTENCE_BYTES,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=2,
-            **options,
+            sentence_iterator=sentences, model_writer=out, vocab_size=vocab_size, **LOSSLESS | options
         )
     except RuntimeError as error:
         found = re.sub(r"\w+: src/\S+ \[.*?\] ", "", str(error))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -47,14 +45,17 @@ def test_nothing_is_lost(tokenizer, text):
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-@given(text=st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=60))
-@example(text="\u2581")
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_nothing_is_lost_on_any_text(model_file, text):
-    tokenizer = load_tokenizer(model_file)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+def test_nothing_is_lost_on_random_text(model_file):
+    tokenizer, sizes = load_tokenizer(model_file), load_tokenizer(model_file).token_bytes()
+    rng = np.random.default_rng(0)
+    frequent = list("  \n\t\u2581<>eat0\u0301\u200d\r")
+    for _ in range(300):
+        points = rng.integers(0, 0x110000, 30)
+        characters = [chr(p) for p in points if not 0xD800 <= p < 0xE000] + list(rng.choice(frequent, 30))
+        text = "".join(rng.permutation(characters))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert sizes[ids].sum() == len(text.encode())
 
 
 def test_special_ids_have_no_bytes_and_vanish(tokenizer):
@@ -72,19 +73,24 @@ def test_save_and_load(tokenizer, tmp_path):
     np.testing.assert_array_equal(loaded.encode(ODD[3]), tokenizer.encode(ODD[3]))
 
 
-def test_sentencepiece_learns_from_lines_with_tabs_and_newlines(tmp_path):
-    """The trainer by itself drops every line that holds a tab."""
+def test_sentencepiece_learns_newlines_and_runs_of_spaces(model_file):
+    tokenizer = load_tokenizer(model_file)
+    assert [len(tokenizer.encode(text)) for text in ("\n\n", ":\n", " " * 8, "self")] == [1] * 4
+
+
+def test_sentencepiece_learns_from_lines_with_tabs(tmp_path):
+    """The trainer by itself drops every line that holds a tab, or one of its own marks."""
     path = tmp_path / "m.model"
-    path.write_bytes(train_sentencepiece(["alpha\tbeta▁gamma ▅delta\n\n"] * 200, vocab_size=290))
+    path.write_bytes(train_sentencepiece(["alpha\tbeta▁gamma ▅delta\n"] * 200, vocab_size=290))
     tokenizer = SentencePieceTokenizer(path)
-    assert [len(tokenizer.encode(word)) for word in ("alpha", "beta", "gamma", "delta", "\n\n")] == [1] * 5
+    assert [len(tokenizer.encode(word)) for word in ("alpha", "beta", "gamma", "delta")] == [1] * 4
 
 
 def test_sentencepiece_splits_digits_and_keeps_symbols(tmp_path):
     path = tmp_path / "m.model"
     marks = ["<|im_start|>", "<|im_end|>"]
     path.write_bytes(
-        train_sentencepiece(["in 2024 and 2025 and 2024"] * 50, vocab_size=290, user_defined_symbols=marks)
+        train_sentencepiece(["in 2024 and 2025 and 2024"] * 50, vocab_size=275, user_defined_symbols=marks)
     )
     tokenizer = SentencePieceTokenizer(path)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("2024<|im_end|>")] == ["2", "0", "2", "4", "<|im_end|>"]
@@ -102,7 +108,7 @@ def test_a_model_that_puts_a_space_before_text_does_so_once(tmp_path):
     assert tokenizer.token_bytes()[whole].sum() == len(" ab cd")
 
 
-@pytest.mark.parametrize(("size", "message"), [(100_000, "vocab_size=100000 .*too high"), (100, "smaller than required")])
+@pytest.mark.parametrize("size, message", [(100_000, "=100000 .*too high"), (100, "smaller than required")])
 def test_a_vocabulary_that_does_not_fit_the_text(size, message):
     with pytest.raises(ValueError, match=message):
         train_sentencepiece(["some text"] * 10, vocab_size=size)
@@ -130,7 +136,8 @@ def test_command_trains_and_reports(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"body": "the row number {i} of many"}}\n' for i in range(60)))
     parser = argparse.ArgumentParser()
     tokenizer_train.add_arguments(parser)
-    options = ["--jsonl", str(tmp_path / "a.jsonl"), "--text-field", "body", "--vocab-size", "300", "--out", str(tmp_path)]
+    options = ["--jsonl", str(tmp_path / "a.jsonl"), "--text-field", "body", "--vocab-size", "300"]
+    options += ["--out", str(tmp_path)]
     assert main(parser.parse_args(options)) == 0
     printed = capsys.readouterr().out
     tokenizer = load_tokenizer(tmp_path)
@@ -141,8 +148,8 @@ def test_command_trains_and_reports(tmp_path, capsys, monkeypatch):
     rate = sum(map(len, texts)) / sum(len(tokenizer.encode(t)) for t in texts)
     assert "tokenizer.model: 300 pieces" in printed
     assert f"{rate:.3f} bytes per token on {len(texts)} rows" in printed
-    assert main(parser.parse_args([*options, "--max-bytes", "1500"])) == 0
-    assert "rows: the others are beyond 1,500 bytes" in capsys.readouterr().out
+    assert main(parser.parse_args([*options, "--max-bytes", "600"])) == 0
+    assert "rows: the others are beyond 600 bytes" in capsys.readouterr().out
 
 
 def test_real_text(shared_data, model_file):
