@@ -35,7 +35,15 @@ THIRD_PARTY_ONLY_IN = {
     "torch": {"bench"},
     "transformers": {"bench"},
 }
-FORBIDDEN = ("jax._src", "jax.core", "flax.nnx", "jax.experimental.pjit", "jax.experimental.shard_map", "tensorflow", "clu")
+FORBIDDEN = (
+    "jax._src",
+    "jax.core",
+    "flax.nnx",
+    "jax.experimental.pjit",
+    "jax.experimental.shard_map",
+    "tensorflow",
+    "clu",
+)
 BARE_JAX_FREE = ("data",)
 
 

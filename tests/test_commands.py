@@ -98,7 +98,9 @@ def test_tokenizer_trains_a_lossless_model(tmp_path, capsys):
     (tmp_path / "t").mkdir()
     for i in range(200):
         (tmp_path / "t" / f"{i}.txt").write_text(f"def f{i}(x):\n\treturn  x + {i}\n" * 5 + "naïve 漢字\n")
-    assert main(["tokenizer", "--text", str(tmp_path / "t"), "--vocab-size", "310", "--out", str(tmp_path / "tok")]) == 0
+    assert (
+        main(["tokenizer", "--text", str(tmp_path / "t"), "--vocab-size", "310", "--out", str(tmp_path / "tok")]) == 0
+    )
     assert "310 pieces" in capsys.readouterr().out
     from jaxlm.data.tokenizer import load_tokenizer
 
@@ -128,7 +130,12 @@ def test_bad_input_is_one_line_and_status_one(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_shrink_and_debug_in_fresh_processes(tmp_path):
-    config = ["--config", str(ROOT / "configs/quickstart.py"), f"--config.run_dir={tmp_path / 'r'}", "--config.mesh.fsdp=64"]
+    config = [
+        "--config",
+        str(ROOT / "configs/quickstart.py"),
+        f"--config.run_dir={tmp_path / 'r'}",
+        "--config.mesh.fsdp=64",
+    ]
     for extra in (["--shrink"], ["--shrink", "--debug"]):
         command = [sys.executable, "-m", "jaxlm.cli", "train", *config, *extra, "--config.data.train.0.limit=40"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -51,11 +51,15 @@ class Measurement(NamedTuple):
 
 
 def make_problem(*, num_tokens: int, width: int, vocab: int, dtype: str, seed: int = 0) -> Problem:
-    """Inputs of the benchmark; unembed stays float32, as master parameters do."""
+    """Inputs of the benchmark; unembed stays float32, as master parameters do.
+
+    Its numbers are exact in `dtype`, so that the errors are those of the candidates, not of one rounding they share.
+    """
     keys = jax.random.split(jax.random.key(seed), 3)
+    unembed = jax.random.normal(keys[1], (vocab, width)) * width**-0.5
     return Problem(
         hidden=jax.random.normal(keys[0], (num_tokens, width), jnp.dtype(dtype)),
-        unembed=jax.random.normal(keys[1], (vocab, width)) * width**-0.5,
+        unembed=unembed.astype(dtype).astype(jnp.float32),
         targets=jax.random.randint(keys[2], (num_tokens,), 0, vocab),
     )
 
@@ -104,10 +108,8 @@ def with_gradients(candidate: LogProb) -> LogProb:
 
 
 def exact(problem: Problem, *, rows: int) -> Float[np.ndarray, "R"]:
-    """Log-probabilities of the first `rows` targets in numpy float64, from the very operands of the products."""
-    hidden = np.asarray(problem.hidden[:rows], np.float64)
-    unembed = np.asarray(problem.unembed.astype(problem.hidden.dtype), np.float64)
-    z = hidden @ unembed.T
+    """Log-probabilities of the first `rows` targets in numpy float64."""
+    z = np.asarray(problem.hidden[:rows], np.float64) @ np.asarray(problem.unembed, np.float64).T
     z -= z.max(axis=1, keepdims=True)
     targets = np.asarray(problem.targets[:rows])
     return z[np.arange(len(z)), targets] - np.log(np.exp(z).sum(axis=1))

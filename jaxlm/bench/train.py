@@ -38,7 +38,9 @@ OPTIM = OptimConfig(learning_rate=3e-4, schedule="constant", clip_norm=None)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm bench train`."""
     parser.add_argument("--versus", choices=("torch", "none"), default="none", help="the rival (default: none)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--batch", type=int, default=4, help="rows (default 4)")
     parser.add_argument("--length", type=int, default=512, help="tokens per row (default 512)")
@@ -71,7 +73,13 @@ def main(args: argparse.Namespace) -> int:
     if ratio is not None:
         print(f"jaxlm / torch: {ratio:.2f} times the tokens per second ({args.dtype}, {os.cpu_count()} cores)")
     if args.json:
-        figures = {"arguments": _plain(args), "seconds": times, "median_s": middle, "ratio": ratio, "versions": _versions()}
+        figures = {
+            "arguments": _plain(args),
+            "seconds": times,
+            "median_s": middle,
+            "ratio": ratio,
+            "versions": _versions(),
+        }
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
@@ -115,15 +123,19 @@ def torch_step(cfg: DecoderConfig, tokens: np.ndarray) -> Callable[[], float]:
     except ImportError as error:
         raise ValueError("--versus torch needs torch and transformers: pip install 'jaxlm[parity]'") from error
     torch.set_num_threads(os.cpu_count() or 1)
-    config = transformers.LlamaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=cfg.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
         num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
         max_position_embeddings=cfg.max_length, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).train()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), weight_decay=OPTIM.weight_decay, fused=True
+        model.parameters(),
+        lr=OPTIM.learning_rate,
+        betas=(OPTIM.b1, OPTIM.b2),
+        weight_decay=OPTIM.weight_decay,
+        fused=True,
     )
     inputs, targets = torch.tensor(tokens[:, :-1]), torch.tensor(tokens[:, 1:])
     precision: Literal["bfloat16", "float32"] = cfg.dtype

@@ -1,4 +1,4 @@
-"""The decoding engine: a fixed number of slots, refilled as rows finish, so that thousands of prompts run at full batch.
+"""The decoding engine: a fixed number of slots, refilled as rows finish, so that many prompts run at full batch.
 
 A task is one sample of one prompt. Its tokens follow from the parameters, the prompt, the settings and the task's own
 key: not from the batch size, its neighbours, or the slot it lands in (up to the rounding of matrix products, whose
@@ -81,7 +81,7 @@ def refill(
     cfg: DecoderConfig,
     constrain: Constrain = decoder.identity,
 ) -> Slots:
-    """Prefills R distinct prompts (right-padded) and starts Q tasks: task q takes prompt `source[q]` into slot `rows[q]`.
+    """Prefills R distinct prompts (right-padded) and starts Q tasks: q puts prompt `source[q]` into slot `rows[q]`.
 
     A row index beyond the last slot is dropped, so that callers can pad Q.
     """

@@ -1,7 +1,7 @@
 """Batched generation from prompts: the Python API behind `jaxlm generate`.
 
-    results = generate(params, prompts, cfg=cfg, sampling=SamplingConfig(max_new_tokens=64), tokenizer=tokenizer)
-    results[0].text, results[0].logprobs, results[0].entropies
+results = generate(params, prompts, cfg=cfg, sampling=SamplingConfig(max_new_tokens=64), tokenizer=tokenizer)
+results[0].text, results[0].logprobs, results[0].entropies
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def generate(
 ) -> list[Generation]:
     """Samples continuations of many prompts at full batch and returns them in order (prompt, then sample).
 
-    prompts: strings, or token ids, [n] each and of any lengths. eos_ids: end tokens (None: the tokenizer's). batch_size:
+    prompts: strings, or token ids, of any lengths. eos_ids: end tokens (None: the tokenizer's). batch_size:
     slots decoded together. chunk: decode steps between two looks from the host; a finished slot idles at most that
     long before it is refilled. on_finish: called with each sample as it ends, in the order of ending (progress).
     Raises ValueError for an empty prompt, or one that leaves no room for max_new_tokens in cfg.max_length.

@@ -123,7 +123,9 @@ def _check_names(files: _Tensors, table: list[hf_names.Row], cfg: DecoderConfig,
             problems.append(f"unexpected tensor {name}")
     if problems:
         more = f"\n  … and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+        raise ValueError(
+            f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more
+        )
 
 
 def _tied(files: _Tensors, table: list[hf_names.Row]) -> Iterator[str]:
@@ -219,9 +221,15 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], max_b
             size = 0
         shards[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, shard in zip(names, shards):
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards) for name in shard}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+        )

@@ -11,7 +11,13 @@ from jaxlm.models.config import DecoderConfig, RopeConfig
 
 Json = Mapping[str, Any]
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -31,7 +37,9 @@ def read(config: Json) -> tuple[str, DecoderConfig]:
         config = config["text_config"]
     family = config.get("model_type")
     if family not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type={family!r} is not supported; expected one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"config.json: model_type={family!r} is not supported; expected one of {', '.join(ARCHITECTURES)}"
+        )
     if family == "gpt2":
         return family, _read_gpt2(config)
     return family, DecoderConfig(**_common(config, family), **_FAMILY[family](config))
@@ -123,7 +131,9 @@ def _rope(p: Json, c: Json) -> RopeConfig:
     if kind == "yarn" and not (p.get("mscale") or p.get("mscale_all_dim")) and p.get("truncate", True):
         betas = {name: float(p.get(name) or default) for name, default in (("beta_fast", 32), ("beta_slow", 1))}
         original = original or c["max_position_embeddings"]
-        return RopeConfig(**base, **attention, **betas, scaling="yarn", factor=float(p["factor"]), original_length=original)
+        return RopeConfig(
+            **base, **attention, **betas, scaling="yarn", factor=float(p["factor"]), original_length=original
+        )
     if kind in ("longrope", "su"):
         return RopeConfig(
             **base,

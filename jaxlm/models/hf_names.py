@@ -112,7 +112,9 @@ def rows(family: str, cfg: DecoderConfig) -> list[Row]:
     found = [row for row in TABLE[family] if all(path in have for path in row.paths)]
     missing = have.keys() - {path for row in found for path in row.paths}
     if missing:
-        raise ValueError(f"the family {family!r} has no tensors for {', '.join(sorted(missing))}: choose another family")
+        raise ValueError(
+            f"the family {family!r} has no tensors for {', '.join(sorted(missing))}: choose another family"
+        )
     return found
 
 

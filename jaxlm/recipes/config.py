@@ -162,5 +162,5 @@ def _describe(hint: Any) -> str:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """A config dataclass as the plain dict that is written into the run folder as JSON; `to_dataclass` reads it back."""
+    """A config dataclass as the plain dict that the run folder keeps as JSON; `to_dataclass` reads it back."""
     return dataclasses.asdict(cfg)

@@ -37,7 +37,10 @@ def parameter_table(spec: Spec, shardings: Any = None, *, dtype: Any = jnp.float
     rows.append(("total", f"{count(spec):,}", "", "", _bytes(total), _bytes(total_local)))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join(
-        "  ".join(c.rjust(w) if i > 3 or (i == 1 and row[0] == "total") else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            c.rjust(w) if i > 3 or (i == 1 and row[0] == "total") else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths))
+        )
         for row in rows
     )
 
@@ -52,5 +55,3 @@ def _bytes(n: int) -> str:
             return f"{n} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024  # type: ignore[assignment]
     raise AssertionError
-
-

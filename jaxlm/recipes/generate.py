@@ -64,7 +64,9 @@ def main(args: argparse.Namespace) -> int:
     )
     model = load_model(args.model, step=args.step, tokenizer=args.tokenizer)
     print(f"model: {model.origin}", file=sys.stderr)
-    common: dict[str, Any] = dict(cfg=model.cfg, sampling=sampling, tokenizer=model.tokenizer, batch_size=args.batch_size)
+    common: dict[str, Any] = dict(
+        cfg=model.cfg, sampling=sampling, tokenizer=model.tokenizer, batch_size=args.batch_size
+    )
     if args.prompt is not None:
         streaming = args.num_samples == 1
         if streaming:

@@ -36,7 +36,9 @@ def main(args: argparse.Namespace) -> int:
     if not 0 <= args.step < data.train.num_steps:
         raise ValueError(f"--step {args.step}: the data gives the steps 0 to {data.train.num_steps - 1}")
     batch = data.train.batch(args.step)
-    print(f"step {args.step} of {data.train.num_steps:,} that the data gives; left out: {dict(data.skipped) or 'nothing'}")
+    print(
+        f"step {args.step} of {data.train.num_steps:,} that the data gives; left out: {dict(data.skipped) or 'nothing'}"
+    )
     for row, made_of in enumerate(data.train.indices(args.step)[: args.rows]):
         print(f"row {row} is {made_of['data']} row {made_of['row']}: {'; '.join(made_of['origins'])}")
     shown = render_tokens(batch, tokenizer, limit=args.limit) if args.tokens else None

@@ -19,7 +19,7 @@ HEAD_DIM, MLP_PER_WIDTH, LENGTH, STEPS = 16, 2, 64, 4
 
 
 def shrink(cfg: Any) -> Any:
-    """Shrinks the groups `model`, `data`, `train` and `mesh` of a recipe's config; what else it holds stays.
+    """Shrinks the groups `model`, `data`, `train`, `optim` and `mesh` of a recipe's config; what else it holds stays.
 
     The run folder gets the suffix `-shrunk`, so that the real run's is never touched, and the parameters are random:
     a shrunk model cannot load the weights of the full one.
@@ -34,6 +34,7 @@ def shrink(cfg: Any) -> Any:
         model=shrink_decoder(cfg.model),
         data=shrink_data(cfg.data, rows),
         train=train,
+        optim=dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, 1)),
         mesh=mesh,
     )
 

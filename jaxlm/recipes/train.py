@@ -24,9 +24,15 @@ from jaxlm.recipes.runtime import Runtime, configure
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm train`."""
     parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
-    parser.add_argument("--shrink", action="store_true", help="a small model of the same shape, on simulated CPU devices")
+    parser.add_argument(
+        "--shrink", action="store_true", help="a small model of the same shape, on simulated CPU devices"
+    )
     parser.add_argument("--simulate-devices", type=int, metavar="N", help="N CPU devices in place of the real ones")
-    parser.add_argument("--debug", action="store_true", help="trace the first NaN to its line, explain recompilations, show stacks of errors")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="trace the first NaN to its line, explain recompilations, show stacks of errors",
+    )
     parser.add_argument("--no-jit", action="store_true", help="with --debug: no compilation, for print and pdb")
 
 

@@ -48,7 +48,9 @@ def _sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     others = math.prod(fixed.values())
     written = " x ".join(f"{name}={size}" for name, size in fixed.items() if size > 1) or "1"
     if cfg.data is None and num_devices % others:
-        raise ValueError(f"{num_devices} devices cannot be split by {written} = {others}: choose sizes that divide them")
+        raise ValueError(
+            f"{num_devices} devices cannot be split by {written} = {others}: choose sizes that divide them"
+        )
     data = num_devices // others if cfg.data is None else cfg.data
     if data * others != num_devices:
         raise ValueError(

@@ -36,7 +36,9 @@ def check_batch(mesh: Mesh, *, batch_size: int, num_microbatches: int = 1, seque
             f"use {max(1, batch_size // parts) * parts} or {-(-batch_size // parts) * parts}"
         )
     if sequence_length % mesh.shape["sequence"]:
-        raise ValueError(f"sequence_length={sequence_length} is not divisible by mesh.sequence={mesh.shape['sequence']}")
+        raise ValueError(
+            f"sequence_length={sequence_length} is not divisible by mesh.sequence={mesh.shape['sequence']}"
+        )
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:

@@ -37,14 +37,14 @@ def flops_per_token(spec: Spec, *, sequence_length: int, num_layers: int, num_he
 
 
 def matmul_parameters(spec: Spec) -> int:
-    """Parameters that multiply activations: kernels, and the unembedding (which a tied model shares with its lookup)."""
+    """Parameters that multiply activations: kernels, and the unembedding (shared with the lookup when tied)."""
     flat = flatten(spec)
     head = "unembed/table" if "unembed/table" in flat else "embed/table"
     return sum(math.prod(p.shape) for path, p in flat.items() if path.endswith("/kernel") or path == head)
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
-    """The chip's dense bf16 peak in FLOP/s, or None where it is not in the table (a CPU, say): MFU is then not given."""
+    """The chip's dense bf16 peak in FLOP/s, or None where it is not in the table (a CPU, say): then there is no MFU."""
     kind = (jax.devices()[0] if device is None else device).device_kind
     matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -116,5 +116,3 @@ def muon_dimensions(spec: Spec) -> Any:
         return MuonDimensionNumbers(reduction_axis=others, output_axis=(width,))
 
     return map_spec(dimensions, spec)
-
-

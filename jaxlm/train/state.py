@@ -56,7 +56,9 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)(key, params)
 
 
-def abstract_state(spec: specs.Spec, optimizer: optax.GradientTransformation, *, mesh: Mesh, ema: bool = False) -> TrainState:
+def abstract_state(
+    spec: specs.Spec, optimizer: optax.GradientTransformation, *, mesh: Mesh, ema: bool = False
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its memory: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda p: new_state(p, optimizer, ema=ema), specs.abstract(spec))
     shardings = state_shardings(spec, optimizer, mesh=mesh, ema=ema)

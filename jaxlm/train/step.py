@@ -90,7 +90,9 @@ def accumulate(
     if num_microbatches == 1:
         return one(batch, keys)
     parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), (dict(batch), keys))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts)))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
+    )
 
     def add(sums: Any, part: tuple[Batch, Array | None]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, one(*part)), None

@@ -33,14 +33,14 @@ def test_an_unknown_baseline_is_an_error():
         timing.speedups({"a": [1.0], "b": [1.0]}, baseline="c")
 
 
-@pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-6)])
-def test_every_candidate_computes_the_same(dtype, error):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_candidate_computes_the_same(dtype):
     problem = bench.make_problem(num_tokens=16, width=8, vocab=600, dtype=dtype)
     truth = bench.exact(problem, rows=16)
     for direction in ("forward", "forward+backward"):
         lines = bench.measure(problem, direction, rounds=1, truth=truth)
         assert [m.candidate for m in lines] == list(bench.CANDIDATES)
-        assert max(m.max_error for m in lines[:1] + lines[2:]) < error
+        assert max(m.max_error for m in lines) < 2e-6
         assert lines[0].speedup == 1 and lines[0].temp_ratio == 1
 
 

@@ -67,7 +67,9 @@ def test_samples_do_not_depend_on_batch_size_or_neighbours(params):
     assert [(r.prompt, r.sample) for r in few] == [(i, s) for i in range(6) for s in range(3)]
     for a, b in zip(all_at_once, few):
         assert a.tokens.tolist() == b.tokens.tolist()
-    other_seed = generate(params, PROMPTS, cfg=CFG, sampling=SamplingConfig(max_new_tokens=8, seed=8), tokenizer=TOKENIZER)
+    other_seed = generate(
+        params, PROMPTS, cfg=CFG, sampling=SamplingConfig(max_new_tokens=8, seed=8), tokenizer=TOKENIZER
+    )
     assert other_seed[1].tokens.tolist() != few[3].tokens.tolist()
     assert len({tuple(r.tokens.tolist()) for r in few[:3]}) == 3
 

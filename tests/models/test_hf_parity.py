@@ -40,15 +40,37 @@ FAMILIES = {
     "mistral": ("Mistral", SMALL | dict(sliding_window=7, head_dim=16)),
     "qwen2": ("Qwen2", SMALL | dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", SMALL | dict(head_dim=16)),
-    "gemma2": ("Gemma2", SMALL | dict(head_dim=16, sliding_window=7, query_pre_attn_scalar=24,
-                                      attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),  # fmt: skip
-    "gemma3_text": ("Gemma3", SMALL | dict(head_dim=16, sliding_window=7, query_pre_attn_scalar=24, num_hidden_layers=7)),
+    "gemma2": (
+        "Gemma2",
+        SMALL
+        | dict(
+            head_dim=16,
+            sliding_window=7,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        ),
+    ),  # fmt: skip
+    "gemma3_text": (
+        "Gemma3",
+        SMALL | dict(head_dim=16, sliding_window=7, query_pre_attn_scalar=24, num_hidden_layers=7),
+    ),
     "olmo2": ("Olmo2", SMALL),
     "gpt2": ("GPT2", dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
-    "phi3_long": ("Phi3", SMALL | dict(rope_parameters=longrope(4), original_max_position_embeddings=24, pad_token_id=0,
-                                       sliding_window=9)),  # fmt: skip
-    "phi3_partial": ("Phi3", SMALL | dict(hidden_size=64, rope_parameters=dict(rope_type="default", rope_theta=1e4,
-                                          partial_rotary_factor=0.5), pad_token_id=0)),  # fmt: skip
+    "phi3_long": (
+        "Phi3",
+        SMALL
+        | dict(rope_parameters=longrope(4), original_max_position_embeddings=24, pad_token_id=0, sliding_window=9),
+    ),  # fmt: skip
+    "phi3_partial": (
+        "Phi3",
+        SMALL
+        | dict(
+            hidden_size=64,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+            pad_token_id=0,
+        ),
+    ),  # fmt: skip
 }
 
 
@@ -133,7 +155,9 @@ def test_greedy_generation_is_the_same(tmp_path):
     model.save_pretrained(tmp_path / "m")
     cfg, params = hf.load(tmp_path / "m")
     prompt = [5, 17, 3, 88, 41]
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     got = generate(params, [prompt], cfg=cfg, sampling=SamplingConfig(max_new_tokens=16, temperature=0.0),
                    tokenizer=ByteTokenizer(), eos_ids=())[0]  # fmt: skip
     assert got.tokens.tolist() == expected[0, len(prompt) :].tolist()

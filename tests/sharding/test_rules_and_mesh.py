@@ -40,7 +40,10 @@ def test_meshes_that_do_not_fit(cfg, message):
 
 
 def test_parameters_lie_as_the_table_says():
-    placed = {path: s.spec for path, s in flatten(param_shardings(decoder.spec(CFG), make_mesh(MeshConfig(fsdp=2, tensor=2)))).items()}
+    placed = {
+        path: s.spec
+        for path, s in flatten(param_shardings(decoder.spec(CFG), make_mesh(MeshConfig(fsdp=2, tensor=2)))).items()
+    }
     assert placed["embed/table"] == PartitionSpec("tensor", "fsdp")
     assert placed["layers/attn/q/kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
     assert placed["layers/attn/out/kernel"] == PartitionSpec(None, "tensor", None, "fsdp")

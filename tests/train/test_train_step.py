@@ -32,12 +32,19 @@ def logits(params, tokens, *, positions=None, segments=None, key=None):
 
 def batch(seed=0):
     tokens = np.random.default_rng(seed).integers(0, 16, (4, 9)).astype(np.int32)
-    return {"inputs": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:]), "mask": jnp.ones((4, 8), bool)}
+    return {
+        "inputs": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "mask": jnp.ones((4, 8), bool),
+    }
 
 
 def setup(optim=None, **settings):
     optimizer, schedule = make_optimizer(
-        optim or OptimConfig(learning_rate=1e-2, schedule="constant"), num_steps=50, decay_mask=decay_mask(SPEC), spec=SPEC
+        optim or OptimConfig(learning_rate=1e-2, schedule="constant"),
+        num_steps=50,
+        decay_mask=decay_mask(SPEC),
+        spec=SPEC,
     )
     loss_fn = make_next_token_loss(make_logits_scorer(logits))
     state = new_state(init(jax.random.key(0), SPEC), optimizer, ema="ema_decay" in settings)

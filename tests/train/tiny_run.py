@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxlm.models.spec import Param, normal
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import shard_batch
 from jaxlm.train.evaluate import make_evaluate
-from jaxlm.train.loop import Result, TrainConfig, train
+from jaxlm.train.loop import Result, TrainConfig, compile_ahead, train
 from jaxlm.train.progress import Throughput
 from jaxlm.train.state import abstract_state, init_state
 from jaxlm.train.step import make_eval_step, make_train_step
@@ -32,6 +33,10 @@ def tiny_spec(width: int = D) -> dict[str, Any]:
         "embed": {"table": Param((V, width), ("vocab", "embed"), normal(1.0))},
         "unembed": {"table": Param((V, width), ("vocab", "embed"), normal(1.0))},
     }
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    return optax.adamw(optax.linear_schedule(0.0, 3e-2, 10))
 
 
 def loss_fn(params, batch, key):
@@ -68,6 +73,24 @@ class Data:
             yield step, batch
 
 
+@cache
+def initial_state(width: int) -> Any:
+    """The state of step 0 on the host; cached, since its compilation costs more than a run."""
+    with jax.transfer_guard("allow"):  # the seed is a Python number; the loop itself is to run under any guard
+        mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+        return jax.device_get(init_state(jax.random.key(0), tiny_spec(width), make_optimizer(), mesh=mesh, ema=True))
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def compile_once(key: Any, *step_state_batch: Any) -> Any:
+    """One compilation per mesh and width for all runs of the process."""
+    if key not in _COMPILED:
+        _COMPILED[key] = compile_ahead(*step_state_batch)
+    return _COMPILED[key]
+
+
 def tiny_run(
     run_dir: Path,
     *,
@@ -78,6 +101,7 @@ def tiny_run(
     width: int = D,
     config: dict[str, Any] | None = None,
     step_fn: Callable[..., Any] | None = None,
+    compile_step: Callable[..., Any] | None = None,
     before_eval: Callable[[], None] = lambda: None,
     **overrides: Any,
 ) -> Result:
@@ -85,28 +109,27 @@ def tiny_run(
     options = dict(num_steps=num_steps, log_every=5, eval_every=8, checkpoint_every=4, keep_last=2) | overrides
     cfg = TrainConfig(**options)
     mesh = make_mesh(MeshConfig(fsdp=fsdp), devices=jax.devices()[:num_devices])
-    spec, optimizer = tiny_spec(width), optax.adamw(optax.linear_schedule(0.0, 3e-2, 10))
+    spec, optimizer = tiny_spec(width), make_optimizer()
 
     def held_out() -> Iterator[dict[str, np.ndarray]]:
         before_eval()
         yield from (host_batch(1000 + i) for i in range(3))
 
-    def initial() -> Any:
-        with jax.transfer_guard("allow"):  # the seed is a Python number; the loop itself is to run under any guard
-            return init_state(jax.random.key(cfg.seed), spec, optimizer, mesh=mesh, ema=True)
+    target = abstract_state(spec, optimizer, mesh=mesh, ema=True)
 
-    place = lambda batch: shard_batch(batch, mesh)  # noqa: E731
+    place = partial(shard_batch, mesh=mesh)
     return train(
         cfg,
         run_dir=run_dir,
-        init_state=initial,
-        abstract_state=abstract_state(spec, optimizer, mesh=mesh, ema=True),
+        init_state=lambda: jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), initial_state(width), target),
+        abstract_state=target,
         train_step=step_fn or make_train_step(loss_fn, optimizer, seed=cfg.seed, ema_decay=0.9, dropout=True),
         batches=data.batches,
         place=place,
         evaluate=make_evaluate(make_eval_step(loss_fn), {"eval": held_out}, place=place),
         record={"config": {"train": options, "model": {"width": width}, **(config or {})}},
         batch_indices=lambda step: list(range(step * B, (step + 1) * B)),
+        compile_step=compile_step or (partial(compile_once, (num_devices, fsdp, width)) if step_fn is None else None),
         throughput=Throughput(tokens_per_step=B * T, flops_per_token=6.0 * V * D, peak_flops=1e12),
     )
 

@@ -25,7 +25,7 @@ def dense(
     is float32 or wider, gradients included.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    table = unembed.astype(hidden.dtype).astype(wide)
+    table = _rounded(unembed, hidden.dtype).astype(wide)
     logits = jnp.matmul(hidden.astype(wide), table.T, precision=jax.lax.Precision.HIGHEST)
     logits = logits if bias is None else logits + bias.astype(wide)
     logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
@@ -50,6 +50,14 @@ def from_logits(
         entropy=_entropy(log_probs) if "entropy" in outputs else None,
         logsumexp=jax.nn.logsumexp(logits, axis=-1) if "logsumexp" in outputs else None,
     )
+
+
+def _rounded(x: Array, dtype: jnp.dtype) -> Array:
+    """x to the precision of dtype, in its own dtype, with the gradient of the identity."""
+    # A cast there and back would round the gradient too, and XLA may drop it.
+    target = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, exponent_bits=target.nexp, mantissa_bits=target.nmant)
+    return x + jax.lax.stop_gradient(rounded - x)
 
 
 def _pick(log_probs: Float[Array, "N V"], targets: Int[Array, "N"]) -> Float[Array, "N"]:
