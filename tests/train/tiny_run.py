@@ -19,6 +19,7 @@ import optax
 from jaxlm.models.spec import Param, normal
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import shard_batch
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.evaluate import make_evaluate
 from jaxlm.train.loop import Result, TrainConfig, compile_ahead, train
 from jaxlm.train.progress import Throughput
@@ -148,19 +149,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=D)
     arguments = parser.parse_args()
     if arguments.kill_in_save_of is not None:
-        _kill_in_save(arguments.run_dir / "checkpoints", arguments.kill_in_save_of)
+        _kill_in_save(arguments.kill_in_save_of)
     tiny_run(arguments.run_dir, width=arguments.width)
 
 
-def _kill_in_save(folder: Path, step: int) -> None:
-    import threading
+def _kill_in_save(step: int) -> None:
+    """Kills this process right when a save has begun to write in the background."""
+    save = Checkpoints.save
 
-    def watch() -> None:
-        while not any(path.name.startswith(f"{step}.") for path in folder.glob("*")):
-            pass
-        os.kill(os.getpid(), signal.SIGKILL)
+    def save_and_die(self: Checkpoints, saved: int, *arguments: Any, **options: Any) -> None:
+        save(self, saved, *arguments, **options)
+        if saved == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    Checkpoints.save = save_and_die
 
 
 if __name__ == "__main__":
