@@ -6,11 +6,16 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
-from jaxlm.ops.attention import reference
+import jax
+
+from jaxlm.ops.attention import blockwise, reference
 from jaxlm.typing import Array, Float, Int
 
-Implementation = Literal["reference"]
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.attention}
+Implementation = Literal["reference", "blockwise"]
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.attention,
+    "blockwise": blockwise.attention,
+}
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -34,12 +39,13 @@ def attention(
 
     out = softmax(cap * tanh(scale * q k^T / cap)) v, over keys at or before the query, in its segment, in its window
     (see `jaxlm.ops.masks.attention_mask`); without soft_cap the logits are scale * q k^T. N must be a multiple of K:
-    query head n reads key/value head n // (N / K). implementation: None takes the best for the platform (logged once).
+    query head n reads key/value head n // (N / K). implementation: "reference" (all logits at once; forward mode too),
+    "blockwise" (tiles; lengths in whole blocks), or None for the best on this platform (logged once).
     A query that may see no key gives 0. Logits and softmax are float32; the result has v's dtype.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
-    name = implementation or "reference"
+    name = implementation or _best(q.shape[1], k.shape[1])
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if name not in _announced:
@@ -49,3 +55,8 @@ def attention(
         q, k, v, q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments,
         scale=scale, window=window, soft_cap=soft_cap,
     )  # fmt: skip
+
+
+def _best(num_queries: int, num_keys: int) -> str:
+    """Tiles on CPUs, where they are both faster and smaller, as far as the lengths allow."""
+    return "blockwise" if jax.default_backend() == "cpu" and blockwise.fits(num_queries, num_keys) else "reference"
