@@ -2,6 +2,7 @@
 
   jaxlm bench token_stats                 the hot path against log_softmax on materialised logits
   jaxlm bench train --versus torch        a training step against the same model in PyTorch
+  jaxlm bench pretrain --config …         whole runs against a plain PyTorch loop, in held-out bits per byte
 
 Rivals run in one process, in rotating order; what counts is the ratio of medians. `jaxlm bench NAME --help` for more.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("token_stats", "train")
+BENCHMARKS = ("token_stats", "train", "pretrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,8 @@
   jaxlm tokenizer --jsonl docs.jsonl.gz --text-field text --vocab-size 16000 --out tokenizer/
 
 Trains a sentencepiece BPE model that loses nothing: no normalisation, spaces kept as they are, bytes for what it has
-not seen. Then `data.tokenizer = "tokenizer/tokenizer.model"` in a config. A hundredth of the rows is left out of the
-training and used to report bytes per token.
+not seen. Then `data.tokenizer = "tokenizer/tokenizer.model"` in a config. A share of the rows is left out of the
+training and used to report bytes per token: with the heldout_share of the config, they are the rows that it holds out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from jaxlm.data.encode import text_of
 from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import SentencePieceTokenizer
 
-HELDOUT_SHARE = 0.01
 # The trainer drops a whole sentence that holds one of the characters that it uses for itself, and one that is too long.
 RESERVED = re.compile("[\\0\t\u2047\u2581\u2585]")
 SENTENCE_BYTES = 16_384
@@ -54,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", default="text", help="the field of a JSON row that is trained on")
     parser.add_argument("--vocab-size", type=int, default=8000)
     parser.add_argument("--max-bytes", type=int, default=50_000_000, help="text read at most (default 50 MB)")
+    parser.add_argument("--heldout-share", type=float, default=0.01, help="share of rows left out (default 0.01)")
     parser.add_argument("--symbols", nargs="+", default=[], help="become one piece each: '<|im_start|>' '<|im_end|>'")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where tokenizer.model is written")
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Trains, saves, and reports bytes per token on the rows left out."""
     kind: Literal["text", "jsonl", "stdlib"] = "stdlib" if args.stdlib else "text" if args.text else "jsonl"
-    where = dict(kind=kind, path=args.text or args.jsonl, text_field=args.text_field, heldout_share=HELDOUT_SHARE)
+    where = dict(kind=kind, path=args.text or args.jsonl, text_field=args.text_field, heldout_share=args.heldout_share)
     texts = _texts(SourceConfig(**where, part="train"), args.max_bytes)
     model = train_sentencepiece(texts, vocab_size=args.vocab_size, user_defined_symbols=args.symbols)
     path = Path(args.out) / "tokenizer.model"

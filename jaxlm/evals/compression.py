@@ -22,8 +22,8 @@ def compressed_bpb(documents: Iterable[bytes], *, method: str) -> float:
 
     documents: raw bytes; method: "zlib", "bz2" or "lzma". Raises ValueError on an unknown method or no bytes at all.
 
-    >>> round(compressed_bpb([b"ab" * 1000], method="zlib"), 3)
-    0.084
+    >>> compressed_bpb([b"ab" * 1000], method="zlib") < 0.1  # implementations of zlib differ by a byte or two
+    True
     """
     if method not in COMPRESSORS:
         raise ValueError(f"unknown compressor {method!r}: expected one of {', '.join(COMPRESSORS)}")

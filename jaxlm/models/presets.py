@@ -1,7 +1,7 @@
 """Named configs of published models. The sizes are facts of their model cards and config files, cited per family.
 
-    from jaxlm.models.presets import preset
-    config.model = dataclasses.asdict(preset("llama-3.2-1b", dtype="bfloat16", remat="full"))
+from jaxlm.models.presets import preset
+config.model = dataclasses.asdict(preset("llama-3.2-1b", dtype="bfloat16", remat="full"))
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ _SMOL2 = dict(tie_embeddings=True, max_length=8192, rope=RopeConfig(theta=1e5))
 PRESETS: dict[str, DecoderConfig] = {
     # Touvron et al., 2023, arXiv 2307.09288; card meta-llama/Llama-2-7b.
     "llama-2-7b": _llama(32_000, 4096, 32, 32, 32, 11_008, max_length=4096),
-    # Grattafiori et al., 2024, arXiv 2407.21783; cards meta-llama/Meta-Llama-3-8B, Llama-3.1-8B, -70B, Llama-3.2-1B, -3B.
+    # Grattafiori et al., 2024, arXiv 2407.21783; cards meta-llama/Meta-Llama-3-8B, Llama-3.1-8B, -70B,
+    # Llama-3.2-1B, -3B.
     "llama-3-8b": _llama(128_256, 4096, 32, 32, 8, 14_336, max_length=8192, rope=RopeConfig(theta=5e5)),
     "llama-3.1-8b": _llama(128_256, 4096, 32, 32, 8, 14_336, max_length=131_072, rope=_llama3_rope(8.0)),
     "llama-3.1-70b": _llama(128_256, 8192, 80, 64, 8, 28_672, max_length=131_072, rope=_llama3_rope(8.0)),
@@ -68,7 +69,9 @@ PRESETS: dict[str, DecoderConfig] = {
         128_256, 3072, 28, 24, 8, 8192, max_length=131_072, rope=_llama3_rope(32.0), tie_embeddings=True
     ),
     # Jiang et al., 2023, arXiv 2310.06825; cards mistralai/Mistral-7B-v0.1 and -v0.3.
-    "mistral-7b-v0.1": _llama(32_000, 4096, 32, 32, 8, 14_336, max_length=32_768, layer_pattern=("local",), window=4096),
+    "mistral-7b-v0.1": _llama(
+        32_000, 4096, 32, 32, 8, 14_336, max_length=32_768, layer_pattern=("local",), window=4096
+    ),
     "mistral-7b-v0.3": _llama(32_768, 4096, 32, 32, 8, 14_336, max_length=32_768, rope=RopeConfig(theta=1e6)),
     # Yang et al., 2024, arXiv 2407.10671 and 2412.15115; cards Qwen/Qwen2-0.5B, Qwen2.5-0.5B, -1.5B, -7B.
     "qwen2-0.5b": _llama(151_936, 896, 24, 14, 2, 4864, tie_embeddings=True, **(_QWEN2 | {"max_length": 131_072})),
@@ -84,10 +87,25 @@ PRESETS: dict[str, DecoderConfig] = {
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14_336),
     # Gemma team, 2025, arXiv 2503.19786; card google/gemma-3-1b-pt.
     "gemma-3-1b": DecoderConfig(
-        vocab_size=262_144, width=1152, num_layers=26, num_heads=4, num_kv_heads=1, head_dim=256, mlp_width=6912,
-        max_length=32_768, norm_eps=1e-6, norm_offset=1.0, norm_placement="sandwich", qk_norm="head",
-        activation="gelu_tanh", embed_scale=math.sqrt(1152), rope=RopeConfig(theta=1e6), rope_local=RopeConfig(theta=1e4),
-        layer_pattern=("local",) * 5 + ("global",), window=512, attention_scale=256**-0.5,
+        vocab_size=262_144,
+        width=1152,
+        num_layers=26,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        mlp_width=6912,
+        max_length=32_768,
+        norm_eps=1e-6,
+        norm_offset=1.0,
+        norm_placement="sandwich",
+        qk_norm="head",
+        activation="gelu_tanh",
+        embed_scale=math.sqrt(1152),
+        rope=RopeConfig(theta=1e6),
+        rope_local=RopeConfig(theta=1e4),
+        layer_pattern=("local",) * 5 + ("global",),
+        window=512,
+        attention_scale=256**-0.5,
     ),  # fmt: skip
     # OLMo team, 2024, arXiv 2501.00656; cards allenai/OLMo-2-0425-1B, OLMo-2-1124-7B.
     "olmo-2-1b": _llama(100_352, 2048, 16, 16, 16, 8192, **_OLMO2),

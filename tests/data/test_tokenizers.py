@@ -127,17 +127,16 @@ def test_not_a_sentencepiece_model(tmp_path):
         load_tokenizer(tmp_path / "x.model")
 
 
-def test_command_trains_and_reports(tmp_path, capsys, monkeypatch):
+def test_command_trains_and_reports(tmp_path, capsys):
     import argparse
 
     from jaxlm.data import tokenizer_train
 
-    monkeypatch.setattr(tokenizer_train, "HELDOUT_SHARE", 0.2)
     (tmp_path / "a.jsonl").write_text("".join(f'{{"body": "the row number {i} of many"}}\n' for i in range(60)))
     parser = argparse.ArgumentParser()
     tokenizer_train.add_arguments(parser)
     options = ["--jsonl", str(tmp_path / "a.jsonl"), "--text-field", "body", "--vocab-size", "300"]
-    options += ["--out", str(tmp_path)]
+    options += ["--heldout-share", "0.2", "--out", str(tmp_path)]
     assert main(parser.parse_args(options)) == 0
     printed = capsys.readouterr().out
     tokenizer = load_tokenizer(tmp_path)

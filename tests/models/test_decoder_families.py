@@ -65,8 +65,10 @@ def test_scanning_equals_unrolling(family, make_params):
     def loss(params, cfg):
         return jnp.sum(jnp.sin(decoder.forward(params, TOKENS, cfg=cfg).hidden))
 
-    values, gradients = zip(*(jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, c) for c in (family, unrolled)))
-    assert values[0] == pytest.approx(values[1], abs=1e-4)
+    values, gradients = zip(
+        *(jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, c) for c in (family, unrolled))
+    )
+    assert float(values[0]) == pytest.approx(float(values[1]), abs=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), *gradients)
     zero = [g for g in jax.tree.leaves(gradients[0]["layers"]) if not np.any(np.asarray(g))]
     assert not zero  # every parameter of every block is used
