@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models.config import DecoderConfig
+from jaxlm.ops.matmul import matmul
 from jaxlm.typing import Array, Float, Key, Params
 
 ACTIVATIONS = {
@@ -44,7 +45,7 @@ def norm(params: Params, x: Float[Array, "... D"], *, cfg: DecoderConfig) -> Flo
 def project(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]:
     """x times a kernel [D, …], plus its bias if it has one; the kernel is cast to x's dtype."""
     kernel = params["kernel"]
-    flat = jnp.dot(x, kernel.reshape(kernel.shape[0], -1).astype(x.dtype))
+    flat = matmul(x, kernel.reshape(kernel.shape[0], -1))
     y = flat.reshape(*x.shape[:-1], *kernel.shape[1:])
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
@@ -52,7 +53,7 @@ def project(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]
 def project_heads(params: Params, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """The heads joined and projected back to the width, plus the bias if there is one."""
     kernel = params["kernel"]
-    y = jnp.dot(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype))
+    y = matmul(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
