@@ -13,8 +13,8 @@ import jax
 class Runtime:
     """Settings of the process, not of the run: none of them changes a number that the run computes.
 
-    simulated_devices: that many CPU devices in place of the real ones. debug: trace the first NaN to its line and
-    explain recompilations. jit False: plain Python stepping, for print and pdb.
+    simulated_devices: that many CPU devices in place of the real ones. debug: see `jaxlm.train.debug`. jit False:
+    plain Python stepping, for print and pdb.
     """
 
     simulated_devices: int | None = None
@@ -38,6 +38,4 @@ def configure(runtime: Runtime) -> None:
     jax.config.update("jax_compilation_cache_dir", str(compile_cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_disable_jit", not runtime.jit)
-    if runtime.debug:
-        jax.config.update("jax_debug_nans", True)
-        jax.config.update("jax_explain_cache_misses", True)
+    jax.config.update("jax_debug_nans", runtime.debug or jax.config.jax_debug_nans)  # type: ignore[attr-defined]

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug",
         action="store_true",
-        help="trace the first NaN to its line, explain recompilations, show stacks of errors",
+        help="trace the first NaN to its line, refuse implicit transfers and recompilation, check every output, "
+        "show stacks of errors",
     )
     parser.add_argument("--no-jit", action="store_true", help="with --debug: no compilation, for print and pdb")
 

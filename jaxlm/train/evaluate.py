@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxlm.train import debug
 from jaxlm.train.metrics import Mean
 from jaxlm.typing import Batch, Metrics, Params
 
@@ -31,7 +32,7 @@ def make_evaluate(
     function giving the set's host batches from the beginning; place: a host batch to devices; params_of: what of the
     state is evaluated (its moving average, say).
     """
-    compiled = jax.jit(eval_step)
+    compiled = debug.watch(eval_step, "the evaluation step") if debug.enabled() else jax.jit(eval_step)
 
     def evaluate(state: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         values: dict[str, float] = {}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlm.train import debug
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.metrics import Sink
@@ -64,7 +65,8 @@ def train(
     evaluate: see `make_evaluate`. record: see `make_record`; kept in every checkpoint, and its config must not change
     on resuming but for `may_change`. batch_indices: step -> what its batch was made of, for the report on steps that
     were not finite. throughput: what tokens/s and MFU are counted by. sinks: further places for metrics. compile_step:
-    (train_step, state, batch) -> what is called at every step; None for `compile_ahead`.
+    (train_step, state, batch) -> what is called at every step; None for `compile_ahead`, or, when debugging,
+    `debug.compile_watched`.
 
     Raises Preempted (exit code 75) after SIGTERM or SIGINT, once the state is saved, and FloatingPointError when
     `max_skipped_in_a_row` steps in a row were not finite.
@@ -87,7 +89,8 @@ def train(
             batch = place(run.next_batch(data, step))
             if step_fn is None:
                 with run.compiling():
-                    step_fn = (compile_step or compile_ahead)(train_step, state, batch)
+                    compile_ = compile_step or (debug.compile_watched if debug.enabled() else compile_ahead)
+                    step_fn = compile_(train_step, state, batch)
             state, metrics = step_fn(state, batch)
             run.progress.push(step + 1, metrics)
         return Result(state, cfg.num_steps, run.latest)
