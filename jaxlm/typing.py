@@ -8,7 +8,7 @@ Log-probabilities, entropies and losses are in nats unless a name says otherwise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -24,12 +24,14 @@ Metrics = dict[str, tuple[Array, Array]]
 """Name -> (total, weight), both scalars: summed over micro-batches and devices, divided once, when reported."""
 
 
+@runtime_checkable
 class Constrain(Protocol):
     """Pins an activation to the mesh by the logical names of its axes; the identity on one device."""
 
     def __call__(self, x: Array, axes: tuple[str | None, ...]) -> Array: ...
 
 
+@runtime_checkable
 class Apply(Protocol):
     """Any model, as the trainer sees it: parameters and tokens in, hidden states (or logits) out."""
 
@@ -44,6 +46,7 @@ class Apply(Protocol):
     ) -> Float[Array, "B T D"]: ...
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A loss over a batch as a sum and its weight, never a mean, so that any split of the batch adds up exactly.
 

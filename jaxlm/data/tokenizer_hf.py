@@ -103,7 +103,10 @@ class HFTokenizer:
 
 
 def _load(spec: str) -> Any:
-    import tokenizers
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError("reading tokenizer.json needs the extra: pip install 'jaxlm[hf]'") from error
 
     tokenizer = tokenizers.Tokenizer.from_str(spec)
     tokenizer.no_padding()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models import layers
-from jaxlm.models.block import INIT_STDDEV, KV, NUM_SITES, STREAM, Context, block, block_spec, norm_spec
+from jaxlm.models.block import INIT_STDDEV, NUM_SITES, STREAM, Context, block, block_spec, norm_spec
 from jaxlm.models.cache import KVCache
 from jaxlm.models.config import DecoderConfig
 from jaxlm.models.rotary import rotations
@@ -31,6 +31,9 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+LayersKV = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]] | None
 
 
 @flax.struct.dataclass
@@ -215,7 +218,9 @@ def _embed(params: Params, tokens: Array | None, embeddings: Array | None, c: Co
         return c.constrain(x, STREAM)
 
 
-def _run_layers(stacked: Params, x: Array, cache: KVCache | None, c: Context) -> tuple[Array, KV, dict[str, Array]]:
+def _run_layers(
+    stacked: Params, x: Array, cache: KVCache | None, c: Context
+) -> tuple[Array, LayersKV, dict[str, Array]]:
     """All blocks: whole periods of the pattern under one scan, the remainder (or everything) unrolled."""
     cfg, period = c.cfg, len(c.cfg.layer_pattern)
     num_scanned = cfg.num_layers // period * period if cfg.scan_layers else 0
@@ -253,7 +258,7 @@ def _block_function(kind: str, c: Context, in_scan: bool) -> Callable[..., tuple
     return jax.checkpoint(function, policy=REMAT_POLICIES[c.cfg.remat], prevent_cse=not in_scan)
 
 
-def _grown(cache: KVCache | None, kv: KV, segments: Array | None, length: int) -> KVCache | None:
+def _grown(cache: KVCache | None, kv: LayersKV, segments: Array | None, length: int) -> KVCache | None:
     if cache is None or kv is None:
         return None
     new = length if segments is None else jnp.sum(segments != 0, axis=1, dtype=jnp.int32)

@@ -128,6 +128,7 @@ def run(cfg: Config) -> Result:
         ),
         batch_indices=data.train.indices,
         throughput=_throughput(cfg, model, spec, mesh),
+        constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
     )
     if jax.process_index() == 0:
         _report(cfg, result)

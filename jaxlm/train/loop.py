@@ -55,6 +55,7 @@ def train(
     throughput: Throughput | None = None,
     sinks: Sequence[Sink] = (),
     may_change: Sequence[str] = MAY_CHANGE,
+    constants: Mapping[str, float] | None = None,
     compile_step: Callable[[TrainStep, Any, Batch], TrainStep] | None = None,
 ) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from `init_state()`, up to `cfg.num_steps`.
@@ -64,15 +65,25 @@ def train(
     is compiled once, and its first argument is donated. batches: the loader's; place: a host batch to devices.
     evaluate: see `make_evaluate`. record: see `make_record`; kept in every checkpoint, and its config must not change
     on resuming but for `may_change`. batch_indices: step -> what its batch was made of, for the report on steps that
-    were not finite. throughput: what tokens/s and MFU are counted by. sinks: further places for metrics. compile_step:
-    (train_step, state, batch) -> what is called at every step; None for `compile_ahead`, or, when debugging,
-    `debug.compile_watched`.
+    were not finite. throughput: what tokens/s and MFU are counted by. sinks: further places for metrics. constants:
+    values that stand in every line of them. compile_step: (train_step, state, batch) -> what is called at every step;
+    None for `compile_ahead`, or, when debugging, `debug.compile_watched`.
 
     Raises Preempted (exit code 75) after SIGTERM or SIGINT, once the state is saved, and FloatingPointError when
     `max_skipped_in_a_row` steps in a row were not finite.
     """
     with contextlib.ExitStack() as stack:
-        run = Run(cfg, Path(run_dir), dict(record or {}), sinks, throughput, batch_indices, may_change, stack)
+        run = Run(
+            cfg,
+            Path(run_dir),
+            record=dict(record or {}),
+            sinks=sinks,
+            throughput=throughput,
+            batch_indices=batch_indices,
+            may_change=may_change,
+            constants=constants or {},
+            stack=stack,
+        )
         state = run.restore(abstract_state) if run.resumed else init_state()
         step_fn: TrainStep | None = None
         data: Iterator[tuple[int, Any]] | None = None

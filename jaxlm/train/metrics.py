@@ -1,8 +1,9 @@
 """Metrics: from device sums to named numbers, and where they are written.
 
 One schema everywhere: a step (updates done so far) and `group/name -> number`. Groups: `train` (weighted means since
-the last line), `eval` and other evaluation sets, and `perf` (times, speeds, memory: all that differs between two runs
-of one config). A sink is any object with `write`, `flush` and `close`; process 0 alone has sinks.
+the last line), `eval` and other evaluation sets, `data` (rows left out, by reason), and `perf` (times, speeds, memory:
+all that differs between two runs of one config). A sink is any object with `write`, `flush` and `close`; process 0
+alone has sinks.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Console:
 def _shown(values: Mapping[str, float]) -> list[str]:
     """The entries that a person follows, the loss first; all of them are in the files."""
     first = ("train/loss", "train/bits_per_byte")
-    rest = [name for name in values if name not in first and not name.startswith("perf/")]
+    rest = [name for name in values if name not in first and not name.startswith(("perf/", "data/"))]
     perf = ("perf/tokens_per_s", "perf/mfu")
     shown = [name for name in (*first, *rest, *perf) if name in values and name not in _IN_FILES_ONLY]
     return [_format(name, values[name]) for name in shown if values[name] or name != "train/num_skipped"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,8 @@ class Progress:
     A step's numbers are fetched when `MAX_IN_FLIGHT` later ones are queued, so the devices never wait for the host.
     log_every, num_steps: lines are written at multiples of the one and at the other; write(step, values): takes a line;
     advance(step): told of every finished step; on_skipped(steps): told of the unbroken series of steps, this one
-    included, whose update was skipped; saved: what `state()` gave when the run was saved.
+    included, whose update was skipped; constants: values that stand in every line; saved: what `state()` gave when the
+    run was saved.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Progress:
         advance: Callable[[int], None],
         on_skipped: Callable[[list[int]], None],
         throughput: Throughput | None = None,
+        constants: Mapping[str, float] | None = None,
         saved: dict[str, Any] | None = None,
     ) -> None:
+        self._constants = dict(constants or {})
         self._log_every, self._num_steps = log_every, num_steps
         self._write, self._advance, self._on_skipped = write, advance, on_skipped
         self._throughput = throughput
@@ -105,7 +108,7 @@ class Progress:
         self._advance(step)
         if step % self._log_every == 0 or step == self._num_steps:
             values = {f"train/{name}": value for name, value in self._mean.values().items()}
-            self._write(step, {**values, "train/num_skipped": self._num_skipped, **self._perf()})
+            self._write(step, {**values, "train/num_skipped": self._num_skipped, **self._constants, **self._perf()})
             self._mean = Mean()
             self._spent = {}
             self._restart_clock()

@@ -40,11 +40,13 @@ class Run:
         self,
         cfg: TrainConfig,
         run_dir: Path,
+        *,
         record: dict[str, Any],
         sinks: Sequence[Sink],
         throughput: Throughput | None,
         batch_indices: Callable[[int], Any] | None,
         may_change: Sequence[str],
+        constants: Mapping[str, float],
         stack: contextlib.ExitStack,
     ) -> None:
         self._cfg, self._dir, self._record, self._stack = cfg, run_dir, record, stack
@@ -74,6 +76,7 @@ class Run:
             advance=self._console.advance if self._console else lambda step: None,
             on_skipped=self._stop_if_too_many,
             throughput=throughput,
+            constants=constants,
             saved=saved.get("record", {}).get("progress"),
         )
         self._announce(notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Collection
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class TokenStats(NamedTuple):
     logsumexp: Float[Array, "..."] | None = None
 
 
+@runtime_checkable
 class Implementation(Protocol):
     """The statistics of N tokens, none of them masked; see `jaxlm.ops.token_stats` for the meaning of each argument."""
 
