@@ -1,5 +1,6 @@
 """Examples:
 
+  jaxlm bench imports                     what importing a loss costs beside importing jax
   jaxlm bench token_stats                 the hot path against log_softmax on materialised logits
   jaxlm bench train --versus torch        a training step against the same model in PyTorch
   jaxlm bench pretrain --config …         whole runs against a plain PyTorch loop, in held-out bits per byte
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("token_stats", "train", "pretrain")
+BENCHMARKS = ("imports", "token_stats", "train", "pretrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

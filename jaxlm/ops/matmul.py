@@ -40,9 +40,11 @@ def _cpu_matmul_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 
 def _cpu_matmul_bwd(operands: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = operands
-    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    # Without the barrier, what computed x and dy is fused into the products, and computed again for every tile of them.
+    rows, drows = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
     dx = _dot(drows, kernel.astype(dy.dtype).T).astype(x.dtype)
-    return dx.reshape(x.shape), _dot(transposed(rows), drows).astype(kernel.dtype)
+    turned = transposed(rows) if x.dtype == jnp.bfloat16 else rows.T
+    return dx.reshape(x.shape), _dot(turned, drows).astype(kernel.dtype)
 
 
 _cpu_matmul.defvjp(_cpu_matmul_fwd, _cpu_matmul_bwd)
@@ -57,7 +59,7 @@ def transposed(x: Float[Array, "N D"]) -> Float[Array, "D N"]:
     """x.T as an array of its own, to be the first operand of a product.
 
     XLA folds a plain transpose into the product; a CPU product that contracts the leading axis of its first operand
-    then runs bfloat16 in float32, and what computed x is computed again, column by column.
+    then runs bfloat16 in float32.
     """
     half = x.shape[0] // 2
     return jnp.concatenate([x[:half].T, x[half:].T], axis=1)
