@@ -45,7 +45,7 @@ def norm(params: Params, x: Float[Array, "... D"], *, cfg: DecoderConfig) -> Flo
 def project(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]:
     """x times a kernel [D, …], plus its bias if it has one; the kernel is cast to x's dtype."""
     kernel = params["kernel"]
-    flat = matmul(x, kernel.reshape(kernel.shape[0], -1))
+    flat = _product(params, x, kernel.reshape(kernel.shape[0], -1))
     y = flat.reshape(*x.shape[:-1], *kernel.shape[1:])
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
@@ -53,8 +53,17 @@ def project(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T ..."]
 def project_heads(params: Params, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """The heads joined and projected back to the width, plus the bias if there is one."""
     kernel = params["kernel"]
-    y = matmul(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
+    y = _product(params, x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def _product(params: Params, x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
+    """x times the kernel, plus (x A) B where `jaxlm.models.lora.join` put an adapter beside it."""
+    y = matmul(x, kernel)
+    if "lora_a" not in params:
+        return y
+    a, b = params["lora_a"].reshape(kernel.shape[0], -1), params["lora_b"].reshape(-1, kernel.shape[1])
+    return y + matmul(matmul(x, a), b)
 
 
 def qk_norm(params: Params, x: Float[Array, "B T N H"], *, cfg: DecoderConfig) -> Float[Array, "B T N H"]:
