@@ -227,15 +227,27 @@ def _run_layers(
     inputs = (stacked, None if cache is None else (cache.keys, cache.values), jnp.arange(cfg.num_layers))
     parts = []
     if num_scanned:
-        groups = jax.tree.map(lambda a: a[:num_scanned].reshape(-1, period, *a.shape[1:]), inputs)
-        x, outs = jax.lax.scan(partial(_run_unrolled, c=c, in_scan=True), x, groups)
-        parts.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs))
+        x, outs = _scan(x, jax.tree.map(lambda a: a[:num_scanned], inputs), c)
+        parts.append(outs)
     if num_scanned < cfg.num_layers:
         rest = jax.tree.map(lambda a: a[num_scanned:], inputs)
         x, outs = _run_unrolled(x, rest, c=c, in_scan=False)
         parts.append(outs)
     kv, collected = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
     return x, kv, collected
+
+
+def _scan(x: Array, inputs: Any, c: Context) -> tuple[Array, Any]:
+    """Whole periods of the pattern, one after the other."""
+    period = len(c.cfg.layer_pattern)
+    if period == 1:
+        # Parameters reach the block as the scan hands them over: a slice of them would be kept for the backward pass,
+        # layer by layer, as a second copy.
+        one = _block_function(c.cfg.layer_pattern[0], c, in_scan=True)
+        return jax.lax.scan(lambda x, layer: one(layer[0], x, *layer[1:]), x, inputs)
+    groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), inputs)
+    x, outs = jax.lax.scan(partial(_run_unrolled, c=c, in_scan=True), x, groups)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
 
 
 def _run_unrolled(x: Array, inputs: Any, *, c: Context, in_scan: bool) -> tuple[Array, Any]:
