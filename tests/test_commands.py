@@ -129,25 +129,29 @@ def test_bad_input_is_one_line_and_status_one(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_shrink_and_debug_in_fresh_processes(tmp_path):
-    config = [
-        "--config",
-        str(ROOT / "configs/quickstart.py"),
-        f"--config.run_dir={tmp_path / 'r'}",
-        "--config.mesh.fsdp=64",
-    ]
-    for extra in (["--shrink"], ["--shrink", "--debug"]):
-        command = [sys.executable, "-m", "jaxlm.cli", "train", *config, *extra, "--config.data.train.0.limit=40"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "r-shrunk" / "run.json").read_text())["mesh"]["fsdp"] == 2
+@pytest.mark.parametrize("extra", [[], ["--debug"], ["--debug", "--no-jit"]], ids=" ".join)
+def test_a_pods_config_shrinks_and_is_debugged_in_fresh_processes(tmp_path, extra):
+    rows = [{"text": f"{i}: " + "all work and no play makes a dull corpus. " * 5} for i in range(2000)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = f"{ROOT / 'configs/pretrain/llama_8b_pod.py'}:{tmp_path / 'few.jsonl'}"
+    options = [
+        f"--config.run_dir={tmp_path / 'r'}", f"--config.data.cache_dir={tmp_path / 'c'}", "--config.data.tokenizer=bytes",
+        "--config.model.vocab_size=300",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "jaxlm.cli", "train", "--config", config, *options, "--shrink", *extra]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "r-shrunk" / "run.json").read_text())
+    assert record["mesh"]["fsdp"] == 2 and record["config"]["model"]["rope"]["scaling"] == "llama3"
+    assert "step 4/4" in done.stdout and "attn/q/kernel" in done.stdout and "⟦" in done.stdout
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)
 def test_every_config_instantiates(config):
-    from jaxlm.recipes.shrink import shrink
-    from jaxlm.recipes.train import load_recipe
+    from jaxlm.recipes.train import load_recipe, shrink
 
-    _, cfg = load_recipe(str(config), [])
-    small = shrink(cfg)
-    assert small.train.num_steps <= 4 and small.data.sequence_length <= 64
+    recipe, cfg = load_recipe(str(config), [])
+    small = shrink(recipe, cfg)
+    assert small.run_dir == f"{cfg.run_dir}-shrunk"
+    if hasattr(cfg, "train"):
+        assert small.train.num_steps <= 4 and small.data.sequence_length <= 64

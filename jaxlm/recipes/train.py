@@ -2,7 +2,8 @@
 
   jaxlm train --config configs/quickstart.py
   jaxlm train --config configs/quickstart.py --config.optim.learning_rate=1e-3 --config.run_dir=runs/fast
-  jaxlm train --config configs/pretrain/llama_8b_pod.py --shrink      the same shape, in seconds, on this CPU
+  jaxlm train --config configs/pretrain/llama_8b_pod.py:few.jsonl --config.data.tokenizer=bytes --shrink
+                                                                      a pod's config, in seconds, on this CPU
   jaxlm train --config configs/quickstart.py --shrink --debug --no-jit    plain Python stepping, for print and pdb
 
 Every field of the config can be set as --config.group.field=value (a Python literal, or a string); an unknown field is
@@ -19,6 +20,8 @@ from typing import Any
 
 from jaxlm.recipes.config import load_config, to_dataclass
 from jaxlm.recipes.runtime import Runtime, configure
+from jaxlm.recipes.shrink import num_devices
+from jaxlm.recipes.shrink import shrink as shrink_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +45,20 @@ def main(args: argparse.Namespace) -> int:
     recipe, cfg = load_recipe(args.config, args.overrides)
     devices = args.simulate_devices
     if args.shrink:
-        from jaxlm.recipes.shrink import num_devices, shrink
-
-        cfg = shrink(recipe.resolve(cfg))
-        devices = devices or num_devices(cfg.mesh)
+        cfg = shrink(recipe, cfg)
+        devices = devices or (num_devices(cfg.mesh) if hasattr(cfg, "mesh") else None)
     configure(Runtime(simulated_devices=devices, debug=args.debug, jit=not args.no_jit))
     recipe.run(cfg)
     return 0
 
 
+def shrink(recipe: Any, cfg: Any) -> Any:
+    """The config made small by the recipe's own `shrink` where it has one, else by that of models and data."""
+    return getattr(recipe, "shrink", shrink_model)(recipe.resolve(cfg))
+
+
 def load_recipe(path: str, overrides: list[str]) -> tuple[Any, Any]:
-    """The recipe's module (it has Config, resolve, run) and the typed config of the file."""
+    """The recipe's module (Config, resolve, run, and shrink where the general one does not fit), and the typed config."""
     values = load_config(path, overrides)
     recipe = importlib.import_module(f"jaxlm.recipes.{values.get('recipe', 'lm')}")
     return recipe, to_dataclass(recipe.Config, values)
