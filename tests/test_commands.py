@@ -135,8 +135,8 @@ def test_a_pods_config_shrinks_and_is_debugged_in_fresh_processes(tmp_path, extr
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = f"{ROOT / 'configs/pretrain/llama_8b_pod.py'}:{tmp_path / 'few.jsonl'}"
     options = [
-        f"--config.run_dir={tmp_path / 'r'}", f"--config.data.cache_dir={tmp_path / 'c'}", "--config.data.tokenizer=bytes",
-        "--config.model.vocab_size=300",
+        f"--config.run_dir={tmp_path / 'r'}", f"--config.data.cache_dir={tmp_path / 'c'}",
+        "--config.data.tokenizer=bytes", "--config.model.vocab_size=300",
     ]  # fmt: skip
     command = [sys.executable, "-m", "jaxlm.cli", "train", "--config", config, *options, "--shrink", *extra]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -23,7 +23,7 @@ def get_config(corpus: str = "corpus/*.jsonl.gz") -> ConfigDict:
     config.recipe = "lm"
     config.run_dir = "runs/llama_8b"
     config.model = dataclasses.asdict(preset("llama-3.1-8b", dtype="bfloat16", remat="full", max_length=8192))
-    source = dict(kind="jsonl", path=corpus, heldout_share=0.001)
+    source = dict(kind="jsonl", path=corpus, heldout_share=0.01)
     config.data = dict(
         tokenizer="tokenizer",
         train=[dict(source, part="train", name="train")],

@@ -27,7 +27,7 @@ from jaxlm.bench.interleave import interleave, medians
 from jaxlm.models import decoder
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
-from jaxlm.train.objectives import make_hidden_scorer, make_next_token_loss
+from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer
 from jaxlm.train.state import new_state
 from jaxlm.train.step import make_train_step
@@ -101,7 +101,7 @@ def jaxlm_step(cfg: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
     def apply(params: Any, tokens: Any, *, positions: Any, segments: Any, key: Any) -> Any:
         return decoder.forward(params, tokens, cfg=cfg, positions=positions, segments=segments, key=key).hidden
 
-    loss_fn = make_next_token_loss(make_hidden_scorer(apply, partial(decoder.head, cfg=cfg)))
+    loss_fn = make_next_token_loss(make_hidden_nll(apply, partial(decoder.head, cfg=cfg)))
     step = jax.jit(make_train_step(loss_fn, optimizer, seed=0, schedule=schedule), donate_argnums=0)
     state = new_state(specs.init(jax.random.key(0), spec), optimizer)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones(tokens[:, 1:].shape, bool)}

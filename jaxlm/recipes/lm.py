@@ -32,7 +32,7 @@ from jaxlm.train import flops
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import make_evaluate
 from jaxlm.train.loop import Result, train
-from jaxlm.train.objectives import make_hidden_scorer, make_next_token_loss
+from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer
 from jaxlm.train.plot import plot_run
 from jaxlm.train.progress import Throughput
@@ -94,8 +94,8 @@ def run(cfg: Config) -> Result:
     tokenizer.save(Path(cfg.run_dir) / "tokenizer")
 
     constrain = make_constrain(mesh)
-    score = make_hidden_scorer(_apply(model, constrain), partial(decoder.head, cfg=model), mesh=mesh)
-    loss_fn = make_next_token_loss(score, z_loss=cfg.train.z_loss)
+    nll = make_hidden_nll(_apply(model, constrain), partial(decoder.head, cfg=model), mesh=mesh)
+    loss_fn = make_next_token_loss(nll, z_loss=cfg.train.z_loss)
     optimizer, schedule = make_optimizer(
         cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
     )

@@ -58,7 +58,7 @@ def shrink(recipe: Any, cfg: Any) -> Any:
 
 
 def load_recipe(path: str, overrides: list[str]) -> tuple[Any, Any]:
-    """The recipe's module (Config, resolve, run, and shrink where the general one does not fit), and the typed config."""
+    """The recipe's module (Config, resolve, run; shrink where the general one does not fit), and the typed config."""
     values = load_config(path, overrides)
     recipe = importlib.import_module(f"jaxlm.recipes.{values.get('recipe', 'lm')}")
     return recipe, to_dataclass(recipe.Config, values)

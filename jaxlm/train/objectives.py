@@ -6,18 +6,28 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.losses.lm import next_token_nll
 from jaxlm.losses.lm import z_loss as z_penalty
 from jaxlm.ops.masked import masked_sum
-from jaxlm.ops.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_sharded
+from jaxlm.ops.token_stats import (
+    TokenStats,
+    one_pass_nll,
+    token_stats,
+    token_stats_from_logits,
+    token_stats_sharded,
+)
 from jaxlm.sharding.rules import RULES
 from jaxlm.typing import Apply, Array, Batch, Key, LossFn, Metrics, Params
 
 Score = Callable[[Params, Batch, "Key[Array, 'B'] | None", Collection[str]], TokenStats]
 """(params, batch, row keys, outputs) -> statistics of the batch's targets, each [B, T]; 0 where its mask is False."""
+
+Nll = Callable[[Params, Batch, "Key[Array, 'B'] | None", float], tuple[Array, TokenStats]]
+"""(params, batch, row keys, z weight) -> sum over the mask of -logprob + z weight * logsumexp^2, and the statistics."""
 
 Head = Callable[[Params], dict[str, Any]]
 """params -> the keyword arguments of `token_stats` that are the unembedding: unembed [V, D], bias, soft_cap."""
@@ -56,11 +66,47 @@ def make_logits_scorer(apply: Apply) -> Score:
     return score
 
 
+def make_hidden_nll(apply: Apply, head: Head, *, mesh: Mesh | None = None) -> Nll:
+    """The summed loss of a model that returns hidden states.
+
+    On one CPU its gradient is made in the forward pass (`one_pass_nll`); elsewhere it is the sum of the scores.
+    """
+    if jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1):
+        return _summed(make_hidden_scorer(apply, head, mesh=mesh))
+
+    def nll(params: Params, batch: Batch, key: Array | None, z_weight: float) -> tuple[Array, TokenStats]:
+        hidden = _apply(apply, params, batch, key)
+        options = dict(head(params), mask=batch["mask"], outputs=_outputs(z_weight))
+        return one_pass_nll(hidden, targets=batch["targets"], z_weight=z_weight, **options)
+
+    return nll
+
+
+def make_logits_nll(apply: Apply) -> Nll:
+    """The summed loss of any model that returns logits [B, T, V]."""
+    return _summed(make_logits_scorer(apply))
+
+
+def _summed(score: Score) -> Nll:
+    def nll(params: Params, batch: Batch, key: Array | None, z_weight: float) -> tuple[Array, TokenStats]:
+        stats = score(params, batch, key, _outputs(z_weight))
+        loss = next_token_nll(stats.logprob)
+        if z_weight:
+            loss = loss + z_penalty(stats.logsumexp, weight=z_weight)
+        return masked_sum(loss, batch["mask"]), stats
+
+    return nll
+
+
+def _outputs(z_weight: float) -> tuple[str, ...]:
+    return ("logprob", "entropy", "logsumexp") if z_weight else ("logprob", "entropy")
+
+
 def _apply(apply: Apply, params: Params, batch: Batch, key: Array | None) -> Array:
     return apply(params, batch["inputs"], positions=batch.get("positions"), segments=batch.get("segments"), key=key)
 
 
-def make_next_token_loss(score: Score, *, z_loss: float = 0.0) -> LossFn:
+def make_next_token_loss(nll: Nll, *, z_loss: float = 0.0) -> LossFn:
     """Next-token prediction: the sum of -log p(target) over the mask, and the number of targets as its weight.
 
         total = sum_t mask_t (-logprob_t + z_loss * logsumexp_t^2)        weight = sum_t mask_t
@@ -69,24 +115,22 @@ def make_next_token_loss(score: Score, *, z_loss: float = 0.0) -> LossFn:
     without the z term), entropy (of the model's prediction, nats), bits_per_byte (of text; the targets' bits over the
     bytes they stand for), z_loss, tokens (targets per step).
     """
-    outputs = ("logprob", "entropy", "logsumexp") if z_loss else ("logprob", "entropy")
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
-        stats = score(params, batch, key, outputs)
+        total, stats = nll(params, batch, key, z_loss)
         mask = batch["mask"]
-        nll = masked_sum(next_token_nll(stats.logprob), mask)
+        nats = masked_sum(next_token_nll(stats.logprob), mask)
         weight = jnp.sum(mask, dtype=jnp.float32)
         metrics = {
-            "loss": (nll, weight),
+            "loss": (nats, weight),
             "entropy": (masked_sum(stats.entropy, mask), weight),
             "tokens": (weight, jnp.ones(())),
         }
         if "target_bytes" in batch:
             num_bytes = masked_sum(batch["target_bytes"].astype(jnp.float32), mask)
-            metrics["bits_per_byte"] = (nll / math.log(2), num_bytes)
-        if not z_loss:
-            return nll, weight, metrics
-        penalty = masked_sum(z_penalty(stats.logsumexp, weight=z_loss), mask)
-        return nll + penalty, weight, metrics | {"z_loss": (penalty, weight)}
+            metrics["bits_per_byte"] = (nats / math.log(2), num_bytes)
+        if z_loss:
+            metrics["z_loss"] = (total - nats, weight)
+        return total, weight, metrics
 
     return loss_fn

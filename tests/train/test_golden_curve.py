@@ -19,7 +19,7 @@ from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import make_constrain, shard_batch
-from jaxlm.train.objectives import make_hidden_scorer, make_next_token_loss
+from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer
 from jaxlm.train.state import init_state
 from jaxlm.train.step import make_train_step
@@ -57,7 +57,7 @@ def curve(mesh_cfg=None, *, num_devices=1, num_microbatches=1, steps=STEPS, **ch
         call = dict(positions=positions, segments=segments, key=key, constrain=constrain)
         return decoder.forward(params, tokens, cfg=cfg, **call).hidden
 
-    loss_fn = make_next_token_loss(make_hidden_scorer(apply, partial(decoder.head, cfg=cfg), mesh=mesh), z_loss=1e-3)
+    loss_fn = make_next_token_loss(make_hidden_nll(apply, partial(decoder.head, cfg=cfg), mesh=mesh), z_loss=1e-3)
     step = make_train_step(
         loss_fn,
         optimizer,

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.models.spec import Param, decay_mask, init, normal, ones
 from jaxlm.train import flops
-from jaxlm.train.objectives import make_logits_scorer, make_next_token_loss
+from jaxlm.train.objectives import make_logits_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer, make_schedule, muon_dimensions
 from jaxlm.train.state import new_state
 from jaxlm.train.step import make_eval_step, make_train_step, split_rows
@@ -46,7 +46,7 @@ def setup(optim=None, **settings):
         decay_mask=decay_mask(SPEC),
         spec=SPEC,
     )
-    loss_fn = make_next_token_loss(make_logits_scorer(logits))
+    loss_fn = make_next_token_loss(make_logits_nll(logits))
     state = new_state(init(jax.random.key(0), SPEC), optimizer, ema="ema_decay" in settings)
     return jax.jit(make_train_step(loss_fn, optimizer, seed=0, schedule=schedule, **settings)), state
 
@@ -150,7 +150,7 @@ def test_a_linen_module_of_someone_else_trains():
         return module.apply({"params": params}, tokens)
 
     optimizer = optax.adam(1e-2)
-    step = jax.jit(make_train_step(make_next_token_loss(make_logits_scorer(apply)), optimizer, seed=0))
+    step = jax.jit(make_train_step(make_next_token_loss(make_logits_nll(apply)), optimizer, seed=0))
     state = new_state(params, optimizer)
     losses = []
     for _ in range(30):
@@ -162,7 +162,7 @@ def test_a_linen_module_of_someone_else_trains():
 def test_metrics_are_sums_that_divide_to_the_plain_means():
     params = init(jax.random.key(0), SPEC)
     given = dict(batch(), mask=jnp.arange(8) < 5 * jnp.ones((4, 1)), target_bytes=jnp.full((4, 8), 3))
-    metrics = make_eval_step(make_next_token_loss(make_logits_scorer(logits), z_loss=0.1))(params, given)
+    metrics = make_eval_step(make_next_token_loss(make_logits_nll(logits), z_loss=0.1))(params, given)
     logp = np.asarray(jax.nn.log_softmax(logits(params, given["inputs"])), np.float64)
     nll = -np.take_along_axis(logp, np.asarray(given["targets"])[..., None], -1)[:, :5, 0].sum()
     entropy = -(np.exp(logp) * logp).sum(-1)[:, :5].sum()

@@ -22,11 +22,19 @@ from jaxlm.ops.token_stats.contract import (
     silence,
 )
 from jaxlm.ops.token_stats.dense import dense, from_logits
+from jaxlm.ops.token_stats.one_pass import one_pass_nll
 from jaxlm.ops.token_stats.sharded import token_stats_sharded
 from jaxlm.ops.token_stats.tiled import tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
-__all__ = ["IMPLEMENTATIONS", "TokenStats", "token_stats", "token_stats_from_logits", "token_stats_sharded"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "TokenStats",
+    "one_pass_nll",
+    "token_stats",
+    "token_stats_from_logits",
+    "token_stats_sharded",
+]
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {"dense": dense, "tiled": tiled}
 """Every implementation by name; all give the same numbers."""

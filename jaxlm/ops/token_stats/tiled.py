@@ -24,6 +24,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.token_stats.contract import Output, TokenStats
+from jaxlm.ops.token_stats.head import (
+    Head,
+    Row,
+    Sums,
+    activate,
+    finish,
+    in_vocabulary,
+    is_target,
+    logit_gradient,
+    product,
+    project,
+    take_rows,
+    target_logit,
+    times_log,
+    wide_dtype,
+)
 from jaxlm.typing import Array, Bool, Float, Int
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 1 << 26}
@@ -37,24 +53,6 @@ class _Plan(NamedTuple):
     soft_cap: float | None
     block: int
     axis: str | None
-
-
-class _Head(NamedTuple):
-    """What the logits of a block are made of."""
-
-    hidden: Float[Array, "N D"]
-    unembed: Float[Array, "V D"]
-    bias: Float[Array, "V"] | None
-    temperature: Float[Array, ""] | None
-
-
-class _Sums(NamedTuple):
-    """The running state of each token."""
-
-    maximum: Float[Array, "N"]
-    exp: Float[Array, "N"]
-    shifted: Float[Array, "N"] | None
-    target: Float[Array, "N"] | None
 
 
 def tiled(
@@ -79,7 +77,7 @@ def tiled(
     """
     block = block or default_block(hidden.shape[0])
     plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), axis)
-    head, targets = _vary_alike((_Head(hidden, unembed, bias, temperature), targets))
+    head, targets = _vary_alike((Head(hidden, unembed, bias, temperature), targets))
     return _stats(plan, head, targets)
 
 
@@ -90,37 +88,24 @@ def default_block(num_tokens: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stats(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> TokenStats:
+def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"]) -> TokenStats:
     return _stats_fwd(plan, head, targets)[0]
 
 
-def _stats_fwd(plan: _Plan, head: _Head, targets: Int[Array, "N"]) -> tuple[TokenStats, Any]:
+def _stats_fwd(plan: _Plan, head: Head, targets: Int[Array, "N"]) -> tuple[TokenStats, Any]:
     vocab = head.unembed.shape[0]
     step = partial(_accumulate, plan, head, targets)
     sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
-    known = _inside(targets, vocab)
+    known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
         sums, known = _join(sums, known, plan.axis)
-    # l >= 1 and t <= 0 hold exactly when z and its maximum do; a fused recomputation of z may differ in the last bit.
-    total = jnp.where(sums.exp < 1, 1, sums.exp)
-    log_total = jnp.log(total)
-    shift = None if sums.shifted is None else jnp.where(sums.shifted > 0, 0, sums.shifted) / total
-    stats = TokenStats(
-        logprob=None if sums.target is None else _logprob(sums, log_total, known),
-        entropy=None if shift is None else log_total - shift,
-        logsumexp=sums.maximum + log_total if "logsumexp" in plan.outputs else None,
-    )
+    stats, log_total, shift = finish(sums, known, plan.outputs)
     return stats, (head, targets, known, sums.maximum, log_total, shift)
 
 
-def _logprob(sums: _Sums, log_total: Float[Array, "N"], known: Bool[Array, "N"]) -> Float[Array, "N"]:
-    logprob = (sums.target - sums.maximum) - log_total
-    return jnp.where(known, jnp.where(logprob > 0, 0, logprob), -jnp.inf)
-
-
-def _empty_sums(plan: _Plan, head: _Head) -> _Sums:
-    zeros = _zeros(head.hidden.shape[:1], _wide(head), head.hidden)
-    return _Sums(
+def _empty_sums(plan: _Plan, head: Head) -> Sums:
+    zeros = _zeros(head.hidden.shape[:1], wide_dtype(head), head.hidden)
+    return Sums(
         maximum=zeros + jnp.finfo(zeros.dtype).min,
         exp=zeros,
         shifted=zeros if "entropy" in plan.outputs else None,
@@ -128,8 +113,8 @@ def _empty_sums(plan: _Plan, head: _Head) -> _Sums:
     )
 
 
-def _accumulate(plan: _Plan, head: _Head, targets: Array, sums: _Sums, start: Array | int, width: int) -> _Sums:
-    z = _activate(plan, head, _products(head, start, width))
+def _accumulate(plan: _Plan, head: Head, targets: Array, sums: Sums, start: Array | int, width: int) -> Sums:
+    z = activate(project(head, start, width), head, plan.soft_cap)
     # The results do not depend on the shift, so neither do their derivatives.
     maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, z.max(axis=1)))
     below = z - maximum[:, None]
@@ -138,21 +123,14 @@ def _accumulate(plan: _Plan, head: _Head, targets: Array, sums: _Sums, start: Ar
     rescale = jnp.exp(fall)
     shifted = sums.shifted
     if shifted is not None:
-        shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(_times_log(e, below), axis=1)
+        shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(times_log(e, below), axis=1)
     target = sums.target
     if target is not None:
-        target = target + _target_logit(z, targets - start)
-    return _Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
+        target = target + target_logit(z, targets - start)
+    return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
 
 
-def _target_logit(z: Float[Array, "N C"], index: Int[Array, "N"]) -> Float[Array, "N"]:
-    """The target's logit where this block holds it, else 0. Taken from the tile whose maximum was taken."""
-    width = z.shape[1]
-    picked = jnp.take_along_axis(z, jnp.clip(index, 0, width - 1)[:, None], axis=1)[:, 0]
-    return jnp.where(_inside(index, width), picked, 0)
-
-
-def _join(sums: _Sums, known: Bool[Array, "N"], axis: str) -> tuple[_Sums, Bool[Array, "N"]]:
+def _join(sums: Sums, known: Bool[Array, "N"], axis: str) -> tuple[Sums, Bool[Array, "N"]]:
     """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each."""
     maximum = jax.lax.pmax(sums.maximum, axis)
     fall = sums.maximum - maximum
@@ -167,36 +145,25 @@ def _join(sums: _Sums, known: Bool[Array, "N"], axis: str) -> tuple[_Sums, Bool[
     return sums._replace(maximum=maximum, **parts), known
 
 
-def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[_Head, None]:
+def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None]:
     head, targets, known, maximum, log_total, shift = residuals
     zeros = jnp.zeros_like(log_total)
     g = zeros if cotangents.logprob is None else jnp.where(known, cotangents.logprob, 0)
     s = zeros if cotangents.logsumexp is None else cotangents.logsumexp
-    row = _Row(maximum, log_total, shift, g, s - g, cotangents.entropy)
+    row = Row(maximum, log_total, shift, g, s - g, cotangents.entropy)
     zero = partial(_zeros, like=head.hidden)
     carry = _Gradient(
-        hidden=zero(head.hidden.shape, _wide(head)),
+        hidden=zero(head.hidden.shape, wide_dtype(head)),
         unembed=zero(head.unembed.shape, head.unembed.dtype),
         bias=None if head.bias is None else zero(head.bias.shape, head.bias.dtype),
     )
     step = partial(_backpropagate, plan, head, targets, row)
     grad = _over_vocabulary(step, carry, head.unembed.shape[0], plan.block)
     temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
-    return _Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None
+    return Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None
 
 
 _stats.defvjp(_stats_fwd, _stats_bwd)
-
-
-class _Row(NamedTuple):
-    """Per token: the residuals, and the coefficients of dz."""
-
-    maximum: Float[Array, "N"]
-    log_total: Float[Array, "N"]
-    shift: Float[Array, "N"] | None
-    on_target: Float[Array, "N"]
-    on_all: Float[Array, "N"]
-    on_entropy: Float[Array, "N"] | None
 
 
 class _Gradient(NamedTuple):
@@ -208,41 +175,17 @@ class _Gradient(NamedTuple):
 
 
 def _backpropagate(
-    plan: _Plan, head: _Head, targets: Array, row: _Row, grad: _Gradient, start: Array | int, width: int
+    plan: _Plan, head: Head, targets: Array, row: Row, grad: _Gradient, start: Array | int, width: int
 ) -> _Gradient:
-    z, pull = jax.vjp(partial(_activate, plan, head), _products(head, start, width))
-    (du,) = pull(_logit_gradient(row, z, _hits(targets, start, width)))
+    z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, start, width))
+    (du,) = pull(logit_gradient(row, z, is_target(targets, start, width)))
     narrow = du.astype(head.hidden.dtype)
-    dot = partial(_dot, precision=_precision(head), dtype=_wide(head))
-    block = _rows(head.unembed, start, width).astype(narrow.dtype)
+    block = take_rows(head.unembed, start, width).astype(narrow.dtype)
     return _Gradient(
-        hidden=grad.hidden + dot(narrow, block, ((1,), (0,))),
-        unembed=_write(grad.unembed, dot(narrow, head.hidden, ((0,), (0,))), start),
+        hidden=grad.hidden + product(head, narrow, block, ((1,), (0,))),
+        unembed=_write(grad.unembed, product(head, narrow, head.hidden, ((0,), (0,))), start),
         bias=None if grad.bias is None else _write(grad.bias, du.sum(axis=0), start),
     )
-
-
-def _logit_gradient(row: _Row, z: Float[Array, "N C"], hits: Bool[Array, "N C"]) -> Float[Array, "N C"]:
-    below = z - row.maximum[:, None]
-    p = jnp.exp(below - row.log_total[:, None])
-    dz = p * row.on_all[:, None] + jnp.where(hits, row.on_target[:, None], 0)
-    if row.on_entropy is None:
-        return dz
-    return dz - row.on_entropy[:, None] * _times_log(p, below - row.shift[:, None])
-
-
-def _products(head: _Head, start: Array | int, width: int) -> Float[Array, "N C"]:
-    """A block of hidden @ unembed.T + bias, accumulated in float32."""
-    block = _rows(head.unembed, start, width).astype(head.hidden.dtype)
-    u = _dot(head.hidden, block, ((1,), (1,)), precision=_precision(head), dtype=_wide(head))
-    return u if head.bias is None else u + _rows(head.bias, start, width).astype(u.dtype)
-
-
-def _activate(plan: _Plan, head: _Head, u: Float[Array, "N C"]) -> Float[Array, "N C"]:
-    """Soft-cap, then temperature."""
-    if plan.soft_cap is not None:
-        u = plan.soft_cap * jnp.tanh(u / plan.soft_cap)
-    return u if head.temperature is None else u / head.temperature.astype(u.dtype)
 
 
 def _over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: int) -> Any:
@@ -254,38 +197,8 @@ def _over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: in
     return step(carry, whole * block, vocab % block) if vocab % block else carry
 
 
-def _times_log(e: Array, log_e: Array) -> Array:
-    """e * log_e, and 0 for the logit -inf of a forbidden entry."""
-    return e * jnp.where(e > 0, log_e, 0)
-
-
-def _hits(targets: Int[Array, "N"], start: Array | int, width: int) -> Bool[Array, "N C"]:
-    return (targets - start)[:, None] == jnp.arange(width, dtype=targets.dtype)
-
-
-def _inside(targets: Int[Array, "N"], vocab: int) -> Bool[Array, "N"]:
-    return (targets >= 0) & (targets < vocab)
-
-
-def _rows(x: Array, start: Array | int, width: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, width)
-
-
 def _write(x: Array, block: Array, start: Array | int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis=0)
-
-
-def _dot(a: Array, b: Array, contract: tuple, *, precision: Any, dtype: Any) -> Array:
-    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
-
-
-def _wide(head: _Head) -> Any:
-    return jnp.promote_types(head.hidden.dtype, jnp.float32)
-
-
-def _precision(head: _Head) -> jax.lax.Precision | None:
-    """Float32 operands are meant: without this, GPUs use TF32 and TPUs one pass of bfloat16."""
-    return jax.lax.Precision.HIGHEST if head.hidden.dtype.itemsize >= 4 else None
 
 
 def _vary_alike(tree: Any) -> Any:
