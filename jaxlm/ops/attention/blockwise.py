@@ -66,8 +66,17 @@ def attention(
         )
     queries = _Where(_blocks(q_positions), None if q_segments is None else _blocks(q_segments))
     keys = _Where(_blocks(k_positions), None if k_segments is None else _blocks(k_segments))
-    cut = [_cut(x, kv_heads=k.shape[2]) for x in (q, k, v)]
-    return _join(_attend(_Plan(scale, window, soft_cap), *cut, queries, keys), q.shape)
+    operands = (*(_cut(x, kv_heads=k.shape[2]) for x in (q, k, v)), queries, keys)
+    parts = [jax.tree.map(lambda x, rows=rows: x[:, rows], operands) for rows in _rows_together(q.shape[0])]
+    return _join(jnp.concatenate([_attend(_Plan(scale, window, soft_cap), *part) for part in parts], axis=1), q.shape)
+
+
+def _rows_together(batch: int) -> list[slice]:
+    """The rows of one loop: all, or on one CPU half of them, since XLA runs a batched product there on one core, and
+    two loops that do not depend on each other on two."""
+    if jax.device_count() > 1 or jax.default_backend() != "cpu" or batch % 2:
+        return [slice(None)]
+    return [slice(0, batch // 2), slice(batch // 2, None)]
 
 
 def fits(num_queries: int, num_keys: int) -> bool:
