@@ -2,7 +2,8 @@
 
     jaxlm train --config configs/quickstart.py
 
-Cost: under three minutes on two CPU cores. What it should score stands in the README, beside zlib and lzma.
+Cost: 600 steps; 0.93 s each on two cores of an AMD EPYC without AVX-512 (24 November 2026), less on newer ones. It
+prints the held-out bits per byte that it reaches beside those of zlib and lzma.
 """
 
 from ml_collections import ConfigDict
