@@ -2,7 +2,7 @@
 
     jaxlm train --config configs/quickstart.py
 
-Cost: 600 steps; 0.93 s each on two cores of an AMD EPYC without AVX-512 (24 November 2026), less on newer ones. It
+Cost: 600 steps; 0.93 s each on two cores of an AMD EPYC without AVX-512 (24 November 2026). It
 prints the held-out bits per byte that it reaches beside those of zlib and lzma.
 """
 

@@ -130,7 +130,8 @@ def make_next_token_loss(nll: Nll, *, z_loss: float = 0.0) -> LossFn:
             num_bytes = masked_sum(batch["target_bytes"].astype(jnp.float32), mask)
             metrics["bits_per_byte"] = (nats / math.log(2), num_bytes)
         if z_loss:
-            metrics["z_loss"] = (total - nats, weight)
+            # Summed by itself: as the difference of two large sums it would lose its digits.
+            metrics["z_loss"] = (masked_sum(z_penalty(stats.logsumexp, weight=z_loss), mask), weight)
         return total, weight, metrics
 
     return loss_fn

@@ -16,6 +16,7 @@ from jaxlm.train.checkpoint import Checkpoints, all_steps
 from jaxlm.train.evaluate import make_evaluate
 from jaxlm.train.loop import TrainConfig, compile_ahead
 from jaxlm.train.preemption import EXIT_CODE, Preempted, Preemption
+from jaxlm.train.progress import Progress
 
 TINY = runpy.run_path(str(Path(__file__).with_name("tiny_run.py")))
 tiny_run, Data, comparable, make_train_step, loss_fn = (
@@ -224,3 +225,15 @@ def test_stdout_is_where_a_run_speaks(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "compiled the training step in" in out and "step 1/1  loss" in out
     assert sys.stdout.isatty() or "\r" not in out + err
+
+
+def test_rows_left_out_stand_in_every_line():
+    lines = []
+    progress = Progress(
+        log_every=1, num_steps=2, constants={"data/empty": 2.0}, advance=lambda step: None,
+        write=lambda step, values: lines.append((step, values["data/empty"])), on_skipped=lambda steps: None,
+    )  # fmt: skip
+    for step in (1, 2):
+        progress.push(step, {"loss": (jax.numpy.ones(()), jax.numpy.ones(()))})
+    progress.drain()
+    assert lines == [(1, 2.0), (2, 2.0)]
