@@ -13,17 +13,23 @@ import numpy as np
 
 from jaxlm.data.document import Document
 
-_ARRAYS = ("tokens", "mask", "target_bytes", "ends")
+_ARRAYS = ("tokens", "mask", "target_bytes", "ends", "labels")
 
 
 class TokenCorpus:
-    """Documents by index. Arrays are flat; document i is [ends[i-1], ends[i])."""
+    """Documents by index. Arrays are flat; document i is [ends[i-1], ends[i]), and labels[i] its label."""
 
     def __init__(
-        self, tokens: np.ndarray, mask: np.ndarray, target_bytes: np.ndarray, ends: np.ndarray, origins: Sequence[str]
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        target_bytes: np.ndarray,
+        ends: np.ndarray,
+        labels: np.ndarray,
+        origins: Sequence[str],
     ):
         self.tokens, self.mask, self.target_bytes, self.ends = tokens, mask, target_bytes, ends
-        self.origins = origins
+        self.labels, self.origins = labels, origins
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> TokenCorpus:
@@ -35,6 +41,7 @@ class TokenCorpus:
             _join([d.mask for d in items], np.bool_),
             _join([d.target_bytes for d in items], np.int32),
             ends,
+            np.array([d.label for d in items], np.bool_),
             [d.origin for d in items],
         )
 
@@ -43,14 +50,15 @@ class TokenCorpus:
 
     def __getitem__(self, i: int) -> Document:
         here = slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
-        return Document(self.tokens[here], self.mask[here], self.target_bytes[here], self.origins[i])
+        arrays = (self.tokens[here], self.mask[here], self.target_bytes[here])
+        return Document(*arrays, self.origins[i], bool(self.labels[i]))
 
     def num_targets(self) -> np.ndarray:
         """Targets per document, int64 [n]: its tokens but the first."""
         return np.maximum(np.diff(self.ends, prepend=0) - 1, 0)
 
     def fingerprint(self) -> str:
-        """A hash of every token, mask and boundary: two runs with the same one saw the same data."""
+        """A hash of every token, mask, boundary and label: two runs with the same one saw the same data."""
         digest = hashlib.sha256()
         for name in _ARRAYS:
             digest.update(np.ascontiguousarray(getattr(self, name)).data)

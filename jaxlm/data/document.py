@@ -9,12 +9,14 @@ import numpy as np
 
 class Document(NamedTuple):
     """tokens int32 [n]; mask bool [n], True where the token is to be predicted; target_bytes int32 [n], the bytes of
-    text that each token stands for (0 for special tokens); origin, "file:row", for messages."""
+    text that each token stands for (0 for special tokens); origin, "file:row", for messages; label, for responses that
+    are judged one by one: True if this one is desirable."""
 
     tokens: np.ndarray
     mask: np.ndarray
     target_bytes: np.ndarray
     origin: str
+    label: bool = False
 
 
 def make_document(

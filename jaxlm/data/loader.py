@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm.data.batch import Row, empty_row, stack_rows
-from jaxlm.data.collate import make_row
+from jaxlm.data.collate import Piece, make_row, num_targets
 from jaxlm.data.corpus import TokenCorpus
 from jaxlm.data.mixture import Mixture, Part
 from jaxlm.data.packing import Plan
 
 
 class Rows(NamedTuple):
-    """A corpus with the plan of its rows."""
+    """A corpus with the plan of its rows.
+
+    group: documents per example (2: chosen and rejected); the plan's unit is the example, and a row holds its documents
+    next to each other, as segments group * j + 1, … of the row's example j. extra: named values of every document,
+    [n], which a row holds as a field [slots] in the order of its segments; slots: the most that any row has.
+    """
 
     corpus: TokenCorpus
     plan: Plan
     length: int
     pad_id: int = 0
     name: str = "data"
+    group: int = 1
+    extra: Mapping[str, np.ndarray] = MappingProxyType({})
+    slots: int = 0
 
     def row(self, i: int) -> Row:
         """The arrays of row i."""
-        pieces = [(self.corpus[p.document], p.start, p.stop) for p in self.plan[i]]
-        return make_row(pieces, self.length, pad_id=self.pad_id)
+        pieces = self.pieces(i)
+        row = make_row([(self.corpus[p.document], p.start, p.stop) for p in pieces], self.length, pad_id=self.pad_id)
+        for name, values in self.extra.items():
+            row[name] = np.zeros(self.slots, values.dtype)
+            row[name][: len(pieces)] = values[[p.document for p in pieces]]
+        return row
+
+    def empty(self) -> Row:
+        """A row of padding with the same fields."""
+        extra = {name: np.zeros(self.slots, values.dtype) for name, values in self.extra.items()}
+        return empty_row(self.length, pad_id=self.pad_id) | extra
+
+    def pieces(self, i: int) -> list[Piece]:
+        """The documents of row i, segment by segment; of a group's documents, always the whole."""
+        if self.group == 1:
+            return self.plan[i]
+        documents = [p.document * self.group + g for p in self.plan[i] for g in range(self.group)]
+        return [Piece(d, 0, num_targets(self.corpus[d])) for d in documents]
 
     def origins(self, i: int) -> list[str]:
         """Where the pieces of row i come from."""
-        return [f"{self.corpus.origins[p.document]} targets {p.start}-{p.stop - 1}" for p in self.plan[i]]
+        return [f"{self.corpus.origins[p.document]} targets {p.start}-{p.stop - 1}" for p in self.pieces(i)]
+
+    def most_segments(self) -> int:
+        """The largest number of segments in a row."""
+        return self.group * max(len(self.plan[i]) for i in range(len(self.plan)))
 
 
 class Loader:
@@ -59,6 +89,12 @@ class Loader:
         self.batch_size = batch_size
         self._local = batch_size // process_count
         self._first = process_index * self._local
+
+    def with_sources(self, sources: Sequence[Rows]) -> Loader:
+        """The same order of rows, read from these (the same rows with other fields)."""
+        loader = copy.copy(self)
+        loader.sources = list(sources)
+        return loader
 
     @property
     def num_steps(self) -> int:
@@ -118,6 +154,6 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every row once, in order; the last batch is filled up with empty rows. Hosts take slices as in training."""
     local = batch_size // process_count
-    empty = empty_row(rows.length, pad_id=rows.pad_id)
+    empty = rows.empty()
     for first in range(process_index * local, -(-len(rows.plan) // batch_size) * batch_size, batch_size):
         yield stack_rows([rows.row(i) if i < len(rows.plan) else empty for i in range(first, first + local)])

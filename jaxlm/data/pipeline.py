@@ -7,20 +7,22 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jaxlm.data.collate import num_targets
 from jaxlm.data.config import DataConfig
 from jaxlm.data.corpus import TokenCorpus
 from jaxlm.data.document import Document
 from jaxlm.data.encode import Encoder
 from jaxlm.data.errors import BadRow
+from jaxlm.data.fit import OVERLONG, Group, fit
 from jaxlm.data.loader import Loader, Rows
 from jaxlm.data.packing import Plan, StreamPlan, pack, pad
+from jaxlm.data.preference import encode_pair, encode_response, with_mismatched
 from jaxlm.data.sources import SourceConfig, describe, open_source
 from jaxlm.data.tokenizer import Tokenizer
 
@@ -33,6 +35,16 @@ class Datasets:
     heldout: dict[str, Rows]
     skipped: collections.Counter[str]
     fingerprint: str
+
+    def map_rows(self, change: Callable[[Rows], Rows]) -> Datasets:
+        """The same data with every `Rows` changed, in training and held out."""
+        train = self.train.with_sources([change(rows) for rows in self.train.sources])
+        return dataclasses.replace(self, train=train, heldout={n: change(rows) for n, rows in self.heldout.items()})
+
+    @property
+    def slots(self) -> int:
+        """The largest number of segments in any row."""
+        return max(rows.most_segments() for rows in [*self.train.sources, *self.heldout.values()])
 
 
 def build(cfg: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1) -> Datasets:
@@ -56,7 +68,11 @@ def build(cfg: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, proc
         process_count=process_count,
     )
     prints = "".join(rows.corpus.fingerprint() for rows in [*loader.sources, *heldout.values()])
-    return Datasets(loader, heldout, skipped, hashlib.sha256(prints.encode()).hexdigest()[:16])
+    data = Datasets(loader, heldout, skipped, hashlib.sha256(prints.encode()).hexdigest()[:16])
+    if not cfg.examples.startswith("responses"):
+        return data
+    slots = data.slots
+    return data.map_rows(lambda rows: rows._replace(slots=slots, extra={"labels": rows.corpus.labels}))
 
 
 def read_rows(
@@ -72,11 +88,11 @@ def read_rows(
     if not len(corpus):
         raise ValueError(f"source {describe(source)}: every row was left out: {dict(skipped)}")
     plan = _plan(corpus, cfg, shuffle=training and cfg.shuffle)
-    return Rows(corpus, plan, cfg.sequence_length, tokenizer.pad_id, describe(source))
+    return Rows(corpus, plan, cfg.sequence_length, tokenizer.pad_id, describe(source), cfg.group)
 
 
 def _plan(corpus: TokenCorpus, cfg: DataConfig, *, shuffle: bool) -> Plan:
-    lengths = corpus.num_targets()
+    lengths = corpus.num_targets().reshape(-1, cfg.group).sum(axis=1)
     if cfg.packing == "stream":
         # Neighbours in a row should not be neighbours in the source.
         order = np.random.default_rng(cfg.seed).permutation(len(lengths)) if shuffle else None
@@ -90,7 +106,7 @@ def _corpus(
     if cfg.cache_dir is None:
         return TokenCorpus.from_documents(_documents(source, cfg, tokenizer, skipped))
     inputs = (source, open_source(source).version(), tokenizer.fingerprint(), cfg.sequence_length, cfg.packing,
-              cfg.completion_only, cfg.chat_template, cfg.bad_rows, cfg.overlong)  # fmt: skip
+              cfg.completion_only, cfg.chat_template, cfg.bad_rows, cfg.overlong, cfg.examples)  # fmt: skip
     folder = Path(cfg.cache_dir) / hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
     counts = folder.with_suffix(".skipped.json")
     if not folder.is_dir():
@@ -109,6 +125,21 @@ def _corpus(
 def _documents(
     source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, skipped: collections.Counter[str]
 ) -> Iterator[Document]:
+    """The documents of every example, one example after another."""
+    encode = _encoder(source, cfg, tokenizer)
+    opened, title = open_source(source), f"tokenising {describe(source)}"
+    rows = tqdm(range(len(opened)), desc=title, unit="row", disable=None, leave=False, delay=1)
+    groups = _kept(lambda i: encode(opened[i], opened.origin(i)), rows, cfg, skipped)
+    if cfg.examples == "responses_mismatched":
+        groups = iter(with_mismatched([group[0] for group in groups]))
+    if cfg.packing != "stream":
+        groups = _kept(lambda group: fit(group, cfg, skipped), groups, cfg, skipped)
+    for group in groups:
+        yield from group
+
+
+def _encoder(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> Callable[[Mapping[str, Any], str], Group]:
+    """(row, origin) -> the documents of its example."""
     encode = Encoder(
         tokenizer,
         text_field=source.text_field,
@@ -118,37 +149,28 @@ def _documents(
         completion_field=source.completion_field,
         messages_field=source.messages_field,
     )
-    opened, title = open_source(source), f"tokenising {describe(source)}"
-    for i in tqdm(range(len(opened)), desc=title, unit="row", disable=None, leave=False, delay=1):
+    if cfg.examples == "documents":
+        return lambda row, origin: (encode(row, origin),)
+    if cfg.examples == "pairs":
+        return lambda row, origin: encode_pair(encode, row, origin, source)
+    if cfg.examples in ("chosen", "rejected"):
+        side = ("chosen", "rejected").index(cfg.examples)
+        return lambda row, origin: (encode_pair(encode, row, origin, source)[side],)
+    return lambda row, origin: (encode_response(encode, row, origin, source),)
+
+
+def _kept(
+    make: Callable[[Any], Group], items: Iterable[Any], cfg: DataConfig, skipped: collections.Counter[str]
+) -> Iterator[Group]:
+    """What can be made of the items; bad ones are refused, or counted, as the config says."""
+    for item in items:
         try:
-            document = encode(opened[i], opened.origin(i))
-            yield document if cfg.packing == "stream" else _fit(document, cfg, skipped)
+            yield make(item)
         except BadRow as error:
             skippable = cfg.overlong if error.reason == OVERLONG else cfg.bad_rows
             if skippable == "refuse":
                 raise
             skipped[error.reason] += 1
-
-
-OVERLONG = "over-long"
-
-
-def _fit(document: Document, cfg: DataConfig, skipped: collections.Counter[str]) -> Document:
-    """The example within sequence_length targets, by the rule of cfg.overlong."""
-    if num_targets(document) <= cfg.sequence_length:
-        return document
-    if cfg.overlong != "truncate":
-        raise BadRow(
-            document.origin,
-            OVERLONG,
-            f"{num_targets(document)} targets, sequence_length={cfg.sequence_length} (or set data.overlong)",
-        )
-    keep = slice(cfg.sequence_length + 1)
-    cut = Document(document.tokens[keep], document.mask[keep], document.target_bytes[keep], document.origin)
-    if not cut.mask[1:].any():
-        raise BadRow(document.origin, OVERLONG, "truncation would leave nothing to predict")
-    skipped["truncated"] += 1
-    return cut
 
 
 def texts(source: SourceConfig) -> Iterator[bytes]:

@@ -42,8 +42,13 @@ def check_batch(mesh: Mesh, *, batch_size: int, num_microbatches: int = 1, seque
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This host's rows of a batch as global arrays on the mesh; every host contributes its own slice."""
-    where = batch_sharding(mesh)
+    """This host's rows of a batch as global arrays on the mesh; every host contributes its own slice.
+
+    Fields of one value per token lie on the axes of rows and of length, others on that of rows alone.
+    """
+    length = next(iter(batch.values())).shape[1]
+    whole, rows = batch_sharding(mesh), NamedSharding(mesh, partition_spec(("batch", None)))
+    where = {name: whole if x.shape[1] == length else rows for name, x in batch.items()}
     if jax.process_count() == 1:
-        return {name: jax.device_put(x, where) for name, x in batch.items()}
-    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+        return {name: jax.device_put(x, where[name]) for name, x in batch.items()}
+    return {name: jax.make_array_from_process_local_data(where[name], x) for name, x in batch.items()}

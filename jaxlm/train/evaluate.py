@@ -25,14 +25,18 @@ def make_evaluate(
     *,
     place: Callable[[Any], Batch],
     params_of: Callable[[Any], Params] = lambda state: state.params,
+    jit: bool = True,
 ) -> Evaluate:
     """Returns `evaluate(state, stop)`, which gives `<set>/<metric>` = sum of totals / sum of weights over all batches.
 
-    eval_step: (params, batch) -> {name: (total, weight)} of device scalars; it is jitted here, once. sets: name ->
-    function giving the set's host batches from the beginning; place: a host batch to devices; params_of: what of the
-    state is evaluated (its moving average, say).
+    eval_step: (params, batch) -> {name: (total, weight)} of device scalars; it is jitted here, once, unless jit is
+    False (it is made of compiled functions then). sets: name -> function giving the set's host batches from the
+    beginning; place: a host batch to devices; params_of: what of the state is evaluated (its moving average, say).
     """
-    compiled = debug.watch(eval_step, "the evaluation step") if debug.enabled() else jax.jit(eval_step)
+    if not jit:
+        compiled: Callable[..., Metrics] = eval_step
+    else:
+        compiled = debug.watch(eval_step, "the evaluation step") if debug.enabled() else jax.jit(eval_step)
 
     def evaluate(state: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         values: dict[str, float] = {}

@@ -57,6 +57,7 @@ def train(
     may_change: Sequence[str] = MAY_CHANGE,
     constants: Mapping[str, float] | None = None,
     compile_step: Callable[[TrainStep, Any, Batch], TrainStep] | None = None,
+    frozen: Any = None,
 ) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from `init_state()`, up to `cfg.num_steps`.
 
@@ -67,7 +68,8 @@ def train(
     on resuming but for `may_change`. batch_indices: step -> what its batch was made of, for the report on steps that
     were not finite. throughput: what tokens/s and MFU are counted by. sinks: further places for metrics. constants:
     values that stand in every line of them. compile_step: (train_step, state, batch) -> what is called at every step;
-    None for `compile_ahead`, or, when debugging, `debug.compile_watched`.
+    None for `compile_ahead`, or, when debugging, `debug.compile_watched`. frozen: parameters that stand in the state
+    beside the trained ones and in no checkpoint, since every start of the run makes them anew.
 
     Raises Preempted (exit code 75) after SIGTERM or SIGINT, once the state is saved, and FloatingPointError when
     `max_skipped_in_a_row` steps in a row were not finite.
@@ -85,13 +87,15 @@ def train(
             stack=stack,
         )
         state = run.restore(abstract_state) if run.resumed else init_state()
+        if frozen is not None:
+            state = state.replace(frozen=frozen)
         step_fn: TrainStep | None = None
         data: Iterator[tuple[int, Any]] | None = None
 
         for step in range(run.start, cfg.num_steps + 1):
             scores = run.evaluate(step, state, evaluate)
             stop = run.preemption.agreed(step)
-            run.save(step, state, scores, now=stop)
+            run.save(step, state if frozen is None else state.replace(frozen=None), scores, now=stop)
             if stop:
                 raise run.preempted(step)
             if step == cfg.num_steps:

@@ -18,7 +18,9 @@ from jaxlm.typing import Array, Int, Params
 @flax.struct.dataclass
 class TrainState:
     """step: updates tried so far, int32. ema: the averaged parameters, or None. num_skipped: updates left out because
-    a number was not finite (or no target counted); num_skipped_in_a_row: those since the last good one."""
+    a number was not finite (or no target counted); num_skipped_in_a_row: those since the last good one. frozen:
+    parameters that the loss reads and the optimizer leaves alone (a reference model, the base under adapters), or None.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -26,6 +28,7 @@ class TrainState:
     ema: Params | None
     num_skipped: Int[Array, ""]
     num_skipped_in_a_row: Int[Array, ""]
+    frozen: Params | None = None
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,20 +26,23 @@ def make_train_step(
     num_microbatches: int = 1,
     ema_decay: float | None = None,
     dropout: bool = False,
+    move_frozen: Callable[[Array, Params, Params], Params] | None = None,
 ) -> Step:
     """(state, batch) -> (state, metrics), a pure function to be jitted with its state donated.
 
     gradient = sum over micro-batches of d total / sum of weights: the same numbers for any num_microbatches. Row r of
     the batch draws its dropout from split(fold_in(key(seed), step))[r]. If the loss or the gradient's norm is not
     finite, or nothing has weight, parameters, optimizer and average stay as they were and the step is counted as
-    skipped. Metrics are those of the loss, and grad_norm (before clipping), update_norm, param_norm, learning_rate,
-    skipped.
+    skipped. A loss that reads frozen parameters takes them as its keyword `frozen`; move_frozen, (updates done, params,
+    frozen) -> frozen, lets them follow the trained ones. Metrics are those of the loss, and grad_norm (before
+    clipping), update_norm, param_norm, learning_rate, skipped.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rows = next(iter(batch.values())).shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows) if dropout else None
-        grads, total, weight, metrics = accumulate(loss_fn, state.params, batch, keys, num_microbatches)
+        loss = loss_fn if state.frozen is None else partial(loss_fn, frozen=state.frozen)  # type: ignore[call-arg]
+        grads, total, weight, metrics = accumulate(loss, state.params, batch, keys, num_microbatches)
         inverse = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
         grads = jax.tree.map(lambda g: g * inverse, grads)
         grad_norm = optax.tree.norm(grads)
@@ -61,6 +65,7 @@ def make_train_step(
         if schedule is not None:
             metrics["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
         skipped = 1 - good.astype(jnp.int32)
+        frozen = state.frozen if move_frozen is None else move_frozen(state.step + 1, params, state.frozen)
         state = TrainState(
             step=state.step + 1,
             params=params,
@@ -68,6 +73,7 @@ def make_train_step(
             ema=ema,
             num_skipped=state.num_skipped + skipped,
             num_skipped_in_a_row=(state.num_skipped_in_a_row + skipped) * skipped,
+            frozen=frozen,
         )
         return state, metrics
 

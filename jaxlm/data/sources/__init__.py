@@ -36,10 +36,11 @@ class SourceConfig:
     .zst), parquet, arrayrecord, tfds (a prepared data set, read without TensorFlow), memory (`rows`). path: a file, a
     folder or a glob, or several; for tfds the data set's folder. split: the TFDS split. A row is a conversation if it
     has messages_field, an example if it has prompt_field and completion_field, and plain text in text_field otherwise.
-    part: of the rows, "train" keeps those outside the held-out share, "heldout" those inside; a row's side is a stable
-    hash of its name (file below the folder, and row number), so it is the same on every machine and does not change as
-    data grows. heldout_share: in (0, 1). limit: at most that many rows. weight: share in a mixture of sources.
-    name: in messages and metrics.
+    chosen_field, rejected_field, label_field, reply_marker: of preferences, see `jaxlm.data.preference`. part: of the
+    rows, "train" keeps those outside the held-out share, "heldout" those inside; a row's side is a stable hash of its
+    name (file below the folder, and row number), so it is the same on every machine and does not change as data grows.
+    heldout_share: in (0, 1). limit: at most that many rows. weight: share in a mixture of sources. name: in messages
+    and metrics.
 
     >>> SourceConfig("jsonl", path="data/*.jsonl.gz", prompt_field="question", completion_field="answer").part
     'all'
@@ -52,6 +53,10 @@ class SourceConfig:
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     messages_field: str = "messages"
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    label_field: str = "label"
+    reply_marker: str = "\n\nAssistant:"
     part: Literal["all", "train", "heldout"] = "all"
     heldout_share: float = 0.1
     limit: int | None = None
