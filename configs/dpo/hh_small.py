@@ -1,6 +1,7 @@
 """DPO on pairs in the form of hh-rlhf, from a model that `configs/dpo/hh_sft.py` has fine-tuned on the chosen replies.
 
-    jaxlm tokenizer --jsonl pairs.jsonl.gz --text-field chosen --vocab-size 4096 --heldout-share 0.1 --out runs/hh_tokenizer
+    jaxlm tokenizer --jsonl pairs.jsonl.gz --text-field chosen --vocab-size 4096 --heldout-share 0.1 \\
+        --out runs/hh_tokenizer
     jaxlm train --config configs/dpo/hh_sft.py:pairs.jsonl.gz
     jaxlm train --config configs/dpo/hh_small.py:pairs.jsonl.gz
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.models import decoder, hf
+from jaxlm.models import decoder, hf, lora
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
+from jaxlm.models.lora import LoraConfig
 from jaxlm.recipes.config import to_dataclass
 from jaxlm.train.checkpoint import latest_step, load_params
 from jaxlm.train.record import FILE
@@ -49,13 +50,25 @@ def _from_run(folder: Path, step: int | None, tokenizer: str | None) -> Loaded:
     if record.get("model") is None:
         raise ValueError(f"{folder / FILE} records no decoder, so there is nothing to generate with")
     cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
+    adapted = record.get("lora") and to_dataclass(LoraConfig, record["lora"], "run.json: config.lora")
     step = latest_step(folder / "checkpoints") if step is None else step
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first")
+    spec = decoder.spec(cfg)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs.abstract(decoder.spec(cfg))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        specs.abstract(lora.lora_spec(spec, adapted) if adapted else spec),
     )
     ema = record["train"].get("ema_decay") is not None
     params = load_params(folder / "checkpoints", target, step=step, ema=ema)
+    if adapted:
+        params = lora.merge(_base(record, spec), params, adapted)
     return Loaded(cfg, params, load_tokenizer(tokenizer or folder / "tokenizer"), f"{folder} at step {step}")
+
+
+def _base(record: dict[str, Any], spec: specs.Spec) -> Params:
+    """What the adapters of a run were trained beside."""
+    if record["init_from"] is None:
+        return specs.init(jax.random.key(record["train"]["seed"]), spec)
+    return load_model(record["init_from"]).params

@@ -79,8 +79,11 @@ def _shrink_rope(rope: RopeConfig | None) -> RopeConfig | None:
 
 
 def shrink_data(cfg: DataConfig, rows: int) -> DataConfig:
-    """Sequences of 64 tokens and the smallest batch that the mesh and the micro-batches divide."""
-    return dataclasses.replace(cfg, sequence_length=min(cfg.sequence_length, LENGTH), batch_size=rows)
+    """Sequences of 64 tokens, examples cut to that, and the smallest batch that the mesh and micro-batches divide."""
+    overlong = cfg.overlong if cfg.packing == "stream" else "truncate"
+    return dataclasses.replace(
+        cfg, sequence_length=min(cfg.sequence_length, LENGTH), batch_size=rows, eval_batch_size=None, overlong=overlong
+    )
 
 
 def shrink_train(cfg: TrainConfig) -> TrainConfig:

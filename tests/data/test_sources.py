@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.errors import BadRow
-from jaxlm.data.sources import SourceConfig, is_heldout, open_source
+from jaxlm.data.sources import SourceConfig, open_source, part_of
 
 ROWS = [{"text": f"row {i} é\n", "number": i} for i in range(23)]
 LINES = "".join(json.dumps(row) + "\n" + ("\n" if i % 5 == 0 else "") for i, row in enumerate(ROWS)).encode()
@@ -117,8 +117,8 @@ def test_the_split_does_not_depend_on_where_the_files_lie(tmp_path, monkeypatch)
 
 def test_the_split_is_pinned():
     """If these move, the held-out text of every run that exists becomes training text of the next."""
-    assert [i for i in range(40) if is_heldout(f"a.jsonl:{i}", 0.2)] == [6, 7, 8, 9, 13, 16, 17, 18, 27, 29]
-    share = np.mean([is_heldout(f"part-{i % 7}.jsonl:{i}", 0.1) for i in range(20_000)])
+    assert [i for i in range(40) if part_of(f"a.jsonl:{i}", 0.2) == "heldout"] == [6, 7, 8, 9, 13, 16, 17, 18, 27, 29]
+    share = np.mean([part_of(f"part-{i % 7}.jsonl:{i}", 0.1) == "heldout" for i in range(20_000)])
     assert abs(share - 0.1) < 3 * (0.1 * 0.9 / 20_000) ** 0.5
 
 

@@ -37,10 +37,11 @@ class SourceConfig:
     folder or a glob, or several; for tfds the data set's folder. split: the TFDS split. A row is a conversation if it
     has messages_field, an example if it has prompt_field and completion_field, and plain text in text_field otherwise.
     chosen_field, rejected_field, label_field, reply_marker: of preferences, see `jaxlm.data.preference`. part: of the
-    rows, "train" keeps those outside the held-out share, "heldout" those inside; a row's side is a stable hash of its
-    name (file below the folder, and row number), so it is the same on every machine and does not change as data grows.
-    heldout_share: in (0, 1). limit: at most that many rows. weight: share in a mixture of sources. name: in messages
-    and metrics.
+    rows, "train" keeps those outside the held-out share, "heldout" those inside, and "test" a share of its own
+    (test_share), which "train" then leaves out too; a row's side is a stable hash of its name (file below the folder,
+    and row number), so it is the same on every machine and does not change as data grows. heldout_share: in (0, 1);
+    with test_share, at least 0, below 1. limit: at most that many rows. weight: share in a mixture of sources. name: in
+    messages and metrics.
 
     >>> SourceConfig("jsonl", path="data/*.jsonl.gz", prompt_field="question", completion_field="answer").part
     'all'
@@ -57,8 +58,9 @@ class SourceConfig:
     rejected_field: str = "rejected"
     label_field: str = "label"
     reply_marker: str = "\n\nAssistant:"
-    part: Literal["all", "train", "heldout"] = "all"
+    part: Literal["all", "train", "heldout", "test"] = "all"
     heldout_share: float = 0.1
+    test_share: float = 0.0
     limit: int | None = None
     weight: float = 1.0
     name: str | None = None
@@ -73,6 +75,11 @@ class SourceConfig:
             raise ValueError(f"rows are for the kind 'memory', found kind {self.kind!r}")
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"heldout_share must be between 0 and 1, found {self.heldout_share}")
+        if not 0 <= self.test_share < 1 - self.heldout_share:
+            raise ValueError(
+                f"test_share must be at least 0 and leave something to train on, found {self.test_share} beside "
+                f"heldout_share={self.heldout_share}"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 (or None for all rows), found {self.limit}")
 
@@ -100,17 +107,19 @@ def open_source(cfg: SourceConfig) -> Source:
     source = OPENERS[cfg.kind](cfg)
     indices: Sequence[int] = range(len(source))
     if cfg.part != "all":
-        indices = [i for i in indices if is_heldout(source.key(i), cfg.heldout_share) == (cfg.part == "heldout")]
+        indices = [i for i in indices if part_of(source.key(i), cfg.heldout_share, cfg.test_share) == cfg.part]
     indices = indices[: cfg.limit]
     if not len(indices):
         raise ValueError(f"source {describe(cfg)}: part={cfg.part!r} leaves none of its {len(source)} rows")
     return source if len(indices) == len(source) else Subset(source, indices)
 
 
-def is_heldout(name: str, share: float) -> bool:
-    """A stable coin: the same name falls on the same side on every machine and in every run."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+def part_of(name: str, heldout_share: float, test_share: float = 0.0) -> str:
+    """A stable die: the same name falls into the same part on every machine and in every run."""
+    value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+    if value < heldout_share * 2**64:
+        return "heldout"
+    return "test" if value < (heldout_share + test_share) * 2**64 else "train"
 
 
 def describe(cfg: SourceConfig) -> str:
