@@ -31,7 +31,8 @@ class Loaded(NamedTuple):
 def load_model(folder: str | Path, *, step: int | None = None, tokenizer: str | None = None) -> Loaded:
     """The model in a run's folder (its newest checkpoint, or that of `step`) or in a Hugging Face folder.
 
-    tokenizer: in place of the one that the folder holds. Parameters that a run averaged (EMA) are the ones loaded.
+    tokenizer: in place of the one that the folder holds. Parameters that a run averaged (EMA) are the ones loaded;
+    adapters come merged into their base.
     Raises ValueError if the folder is neither, or has no such checkpoint.
     """
     folder = Path(folder)
@@ -45,26 +46,56 @@ def load_model(folder: str | Path, *, step: int | None = None, tokenizer: str | 
     raise ValueError(f"{folder}: neither a run's folder (no {FILE}) nor a Hugging Face model's (no config.json)")
 
 
+class Adapters(NamedTuple):
+    """The adapters of a run, and what they were trained beside (None: random parameters of the run's seed)."""
+
+    cfg: DecoderConfig
+    lora: LoraConfig
+    params: Params
+    base: str | None
+    origin: str
+
+
+def load_adapters(folder: str | Path, *, step: int | None = None) -> Adapters:
+    """The adapters of a run that trained some, not merged; ValueError if it did not."""
+    record = _record(Path(folder))
+    if not record.get("lora"):
+        raise ValueError(f"{folder} trained all parameters and no adapters: load it as a model")
+    cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
+    adapted = to_dataclass(LoraConfig, record["lora"], "run.json: config.lora")
+    params, step = _checkpoint(Path(folder), lora.lora_spec(decoder.spec(cfg), adapted), record, step)
+    return Adapters(cfg, adapted, params, record["init_from"], f"{folder} at step {step}")
+
+
 def _from_run(folder: Path, step: int | None, tokenizer: str | None) -> Loaded:
-    record = json.loads((folder / FILE).read_text())["config"]
+    record = _record(folder)
+    cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
+    spec = decoder.spec(cfg)
+    if record.get("lora"):
+        found = load_adapters(folder, step=step)
+        params, origin = lora.merge(_base(record, spec), found.params, found.lora), found.origin
+    else:
+        params, step = _checkpoint(folder, spec, record, step)
+        origin = f"{folder} at step {step}"
+    return Loaded(cfg, params, load_tokenizer(tokenizer or folder / "tokenizer"), origin)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / FILE).read_text())["config"]
     if record.get("model") is None:
         raise ValueError(f"{folder / FILE} records no decoder, so there is nothing to generate with")
-    cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
-    adapted = record.get("lora") and to_dataclass(LoraConfig, record["lora"], "run.json: config.lora")
+    return record
+
+
+def _checkpoint(folder: Path, spec: specs.Spec, record: dict[str, Any], step: int | None) -> tuple[Params, int]:
+    """The parameters (averaged, where the run averaged them) of a step, the newest for None, on one device."""
     step = latest_step(folder / "checkpoints") if step is None else step
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first")
-    spec = decoder.spec(cfg)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        specs.abstract(lora.lora_spec(spec, adapted) if adapted else spec),
-    )
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs.abstract(spec))
     ema = record["train"].get("ema_decay") is not None
-    params = load_params(folder / "checkpoints", target, step=step, ema=ema)
-    if adapted:
-        params = lora.merge(_base(record, spec), params, adapted)
-    return Loaded(cfg, params, load_tokenizer(tokenizer or folder / "tokenizer"), f"{folder} at step {step}")
+    return load_params(folder / "checkpoints", target, step=step, ema=ema), step
 
 
 def _base(record: dict[str, Any], spec: specs.Spec) -> Params:

@@ -4,6 +4,8 @@
   jaxlm train --config configs/quickstart.py --config.optim.learning_rate=1e-3 --config.run_dir=runs/fast
   jaxlm train --config configs/pretrain/llama_8b_pod.py:few.jsonl --config.data.tokenizer=bytes --shrink
                                                                       a pod's config, in seconds, on this CPU
+  jaxlm train --config configs/dpo/hh_small.py:pairs.jsonl.gz --config.losses.0.options.beta=0.05
+                                                                      DPO on pairs; other losses by their name
   jaxlm train --config configs/quickstart.py --shrink --debug --no-jit    plain Python stepping, for print and pdb
 
 Every field of the config can be set as --config.group.field=value (a Python literal, or a string); an unknown field is
