@@ -2,14 +2,15 @@
 
     jaxlm train --config configs/did/exact.py
 
-E1 to E9 are exact, or nearly so, on finite response sets; together they take a few minutes on two CPU cores. Each
-measures quantities with the range that they must fall in, and draws a plot. Started again, the recipe runs only what
-its results.json does not hold for the same settings (delete that file after a change of the code).
+E1 to E9 are exact, or nearly so, on finite response sets, and E10 trains a language model whose responses can all be
+enumerated; together they take a few minutes on two CPU cores. Each measures quantities with the range that they must
+fall in, and draws a plot. Started again, the recipe runs only what its results.json does not hold for the same settings
+(delete that file after a change of the code).
 
 What is the paper's (its abstracts, version 1's Definition 3.1 and Theorems 3.2 and 3.3, and its reviews):
     the DID, q ∝ policy / reference                            `analysis.did.did`
     preferences as evidence, and the power law                 `preference_probability`, `power_law`; E5
-    the log-ratio reward is the only one that learns the target of power-law data                       E1, E8
+    the log-ratio reward is the only one that learns the target of power-law data                       E1, E8, E10
     that the optimal rejected distribution has a closed form; log-margin ordered policies               E2, E5
     a DID of low entropy reinforces, one of high entropy smooths                                        E6
     importance sampling of the DID entropy                                                              E7
@@ -24,8 +25,7 @@ What is derived here, and checked by these experiments:
     that DPO fully minimised on a fixed set overfits                                                    E9
 What is unknown: the data, sizes, benchmarks and scores of the paper's own experiments, and what its "DPO-PG" is. No
 number here is the paper's.
-Deviations: its real-data experiments are not reproduced. E10 (a tiny language model whose responses can be enumerated)
-and E11 (real text) need the training of preferences and are not here yet; `EXPERIMENTS` is where they enter.
+Deviations: its real-data experiments are not reproduced. E11, on real text, is a recipe of its own: `did_text`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm.recipes import did_exact, did_sampled
+from jaxlm.recipes import did_exact, did_language, did_sampled
 from jaxlm.recipes.did_checks import Check, Result, Settings
 from jaxlm.recipes.did_plots import plot
 from jaxlm.train.record import versions
@@ -47,10 +47,11 @@ from jaxlm.train.record import versions
 EXPERIMENTS: Mapping[str, Callable[[Settings], Result]] = {
     "e1": did_exact.e1, "e2": did_exact.e2, "e3": did_exact.e3, "e4": did_exact.e4, "e5": did_exact.e5,
     "e6": did_sampled.e6, "e7": did_sampled.e7, "e8": did_sampled.e8, "e9": did_sampled.e9,
+    "e10": did_language.e10,
 }  # fmt: skip
 """Name -> experiment, a function of the settings to a `Result`; its plot is in `did_plots.py`."""
 
-Name = Literal["e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9"]
+Name = Literal["e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9", "e10"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Config:
 
     run_dir: str
     recipe: Literal["did"] = "did"
-    experiments: tuple[Name, ...] = ("e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9")
+    experiments: tuple[Name, ...] = ("e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9", "e10")
     settings: Settings = Settings()
 
 
@@ -73,7 +74,10 @@ def resolve(cfg: Config) -> Config:
 
 def shrink(cfg: Config) -> Config:
     """The same experiments on small sets, in seconds; what holds only at the reference settings is not judged."""
-    small = Settings(num_responses=8, num_seeds=3, num_steps=100, num_repeats=20, num_pairs=(1_000,), num_zipf=60)
+    small = Settings(
+        num_responses=8, num_seeds=3, num_steps=100, num_repeats=20, num_pairs=(1_000,), num_zipf=60,
+        language_length=3, num_language_steps=50,
+    )  # fmt: skip
     return dataclasses.replace(cfg, run_dir=f"{cfg.run_dir}-shrunk", settings=small)
 
 

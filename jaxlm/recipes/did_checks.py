@@ -14,7 +14,9 @@ class Settings:
 
     num_responses: of the random problems. num_seeds: problems that are averaged over (at least 3). num_steps: of the
     stochastic training (at least 100). num_repeats: of the estimator and of the random draws. num_pairs: the sizes of
-    the fixed sets. num_zipf: responses of the controlled pair of data sets.
+    the fixed sets. num_zipf: responses of the controlled pair of data sets. Of the language model: language_length,
+    tokens per response (at least 2; 4^length are enumerated); num_language_steps of training (a multiple of 50);
+    num_language_seeds, which are judged whatever their number.
     """
 
     num_responses: int = 32
@@ -23,6 +25,9 @@ class Settings:
     num_repeats: int = 200
     num_pairs: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
     num_zipf: int = 1000
+    language_length: int = 6
+    num_language_steps: int = 300
+    num_language_seeds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ _PLATE = dict(frameon=True, framealpha=0.9, edgecolor="none")
 """A legend that stays readable on top of lines."""
 
 
-def _dress(axes: Any, xlabel: str, ylabel: str, *, legend: bool = True) -> None:
+def dress(axes: Any, xlabel: str, ylabel: str, *, legend: bool = True) -> None:
+    """Labels, a light grid, no box, and a legend that stays readable on top of lines."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color="#e5e5e5", linewidth=0.6)
@@ -66,8 +67,8 @@ def _e1(figure: Any, series: Mapping[str, Any]) -> None:
     right.set_xlim(0, 0.4)  # room for the legend
     left.set_yticks(range(len(names)), [LABELS[name] for name in names])
     left.invert_yaxis()
-    _dress(left, "JSD(target, fit), nats, single seeds", "", legend=False)
-    _dress(right, "JSD(target, fit), nats (dots: single seeds)", "", legend=False)
+    dress(left, "JSD(target, fit), nats, single seeds", "", legend=False)
+    dress(right, "JSD(target, fit), nats (dots: single seeds)", "", legend=False)
     left.legend(frameon=False, fontsize=9, loc="lower left")
     right.legend(fontsize=9, loc="upper right", **_PLATE)
 
@@ -84,7 +85,7 @@ def _e2(figure: Any, series: Mapping[str, Any]) -> None:
         axes.axhline(value, color=color, linewidth=1.2, label=f"rejected: {name} ({value:.3f})")
     axes.axhline(series["measured"][0], color=GREY, linewidth=1, linestyle=":", label="no training")
     axes.set_ylim(-0.02, 0.75)
-    _dress(axes, "g", "JSD(target, fit), nats, mean over seeds", legend=False)
+    dress(axes, "g", "JSD(target, fit), nats, mean over seeds", legend=False)
     axes.legend(fontsize=9, ncols=2, loc="upper left", **_PLATE)
 
 
@@ -100,7 +101,7 @@ def _e3(figure: Any, series: Mapping[str, Any]) -> None:
         axes.plot(place + 0.38 * (column - 2.5), values[:, column], "_", color="black", markersize=22, label=label)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xticks(place, [f"beta {beta:g}\nseed {seed}" for beta, seed, *_ in rows])
-    _dress(axes, "", "expected change of log-probability, nats")
+    dress(axes, "", "expected change of log-probability, nats")
 
 
 def _e4(figure: Any, series: Mapping[str, Any]) -> None:
@@ -111,7 +112,7 @@ def _e4(figure: Any, series: Mapping[str, Any]) -> None:
     axes.plot(rows[:, 0], rows[:, 2], "s-", color=ORANGE, label="rejected, DPO's fit: -KL(ref || target)")
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.axvline(series["crossover"], color=GREEN, linestyle="--", linewidth=1, label=f"s0 = {series['crossover']:.3f}")
-    _dress(axes, "beta", "expected change of log-probability, nats")
+    dress(axes, "beta", "expected change of log-probability, nats")
 
 
 def _e5(figure: Any, series: Mapping[str, Any]) -> None:
@@ -127,7 +128,7 @@ def _e5(figure: Any, series: Mapping[str, Any]) -> None:
             ends = np.array([x.min(), x.max()])
             beta = series["beta"]
             axes.plot(ends, beta * ends, color="black", linewidth=0.8, label=f"slope beta = {beta:g}")
-        _dress(axes, "M(target) - M(ref), nats", "M(ref) - M(rejected), nats", legend=name == "power law")
+        dress(axes, "M(target) - M(ref), nats", "M(ref) - M(rejected), nats", legend=name == "power law")
 
 
 def _e6(figure: Any, series: Mapping[str, Any]) -> None:
@@ -141,7 +142,7 @@ def _e6(figure: Any, series: Mapping[str, Any]) -> None:
     left.axhline(0, color=GREY, linewidth=0.8)
     left.axvline(series["log_num"], color=GREY, linewidth=0.8, linestyle=":")
     left.set_title("v sharpen, ^ smooth; the claim: lines rise to the right", loc="left", fontsize=9)
-    _dress(left, "entropy of the DID, nats (dotted: its maximum)", "H(policy) - H(reference), nats")
+    dress(left, "entropy of the DID, nats (dotted: its maximum)", "H(policy) - H(reference), nats")
     for (name, found), color in zip(series["draws"].items(), (ORANGE, RED)):
         spread = np.std(found["difference"])
         scaled = np.array(found["difference"]) / spread
@@ -149,7 +150,7 @@ def _e6(figure: Any, series: Mapping[str, Any]) -> None:
     right.axhline(0, color=GREY, linewidth=0.8)
     right.axvline(0, color=GREY, linewidth=0.8)
     right.set_title("below 0: the claim holds", loc="left", fontsize=9)
-    _dress(right, "skewness of log ref over the responses", "H(DID, sharpen) - H(DID, smooth), standard deviations")
+    dress(right, "skewness of log ref over the responses", "H(DID, sharpen) - H(DID, smooth), standard deviations")
 
 
 def _e7(figure: Any, series: Mapping[str, Any]) -> None:
@@ -170,8 +171,8 @@ def _e7(figure: Any, series: Mapping[str, Any]) -> None:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(set(rows[:, 0])), [f"{t:g}" for t in sorted(set(rows[:, 0]))])
-    _dress(left, "response length, tokens", "error of the estimate, % (bars: one standard deviation)")
-    _dress(right, "response length, tokens", "effective sample size")
+    dress(left, "response length, tokens", "error of the estimate, % (bars: one standard deviation)")
+    dress(right, "response length, tokens", "effective sample size")
 
 
 def _e8(figure: Any, series: Mapping[str, Any]) -> None:
@@ -184,7 +185,7 @@ def _e8(figure: Any, series: Mapping[str, Any]) -> None:
         axes.plot(steps, mean, color=color, linewidth=1.8, label=f"{name}: {mean[-1]:.4f}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _dress(axes, "step (512 fresh pairs each)", "JSD(target, policy), nats (thin: single seeds)")
+    dress(axes, "step (512 fresh pairs each)", "JSD(target, policy), nats (thin: single seeds)")
 
 
 def _e9(figure: Any, series: Mapping[str, Any]) -> None:
@@ -195,10 +196,28 @@ def _e9(figure: Any, series: Mapping[str, Any]) -> None:
     axes.axhline(series["start"], color=GREY, linewidth=1, linestyle="--", label="no training")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _dress(axes, "pairs in the fixed set", "JSD(target, fit), nats")
+    dress(axes, "pairs in the fixed set", "JSD(target, fit), nats")
+
+
+def _e10(figure: Any, series: Mapping[str, Any]) -> None:
+    axes = figure.add_subplot()
+    finals = []
+    for (name, curves), color in zip(series["curves"].items(), (BLUE, RED, PINK, ORANGE)):
+        steps = series["every"] * np.arange(len(curves[0]))
+        for curve in curves:
+            axes.plot(steps, curve, color=color, linewidth=0.5, alpha=0.35)
+        mean = np.mean(curves, axis=0)
+        finals.append(mean[-1])
+        axes.plot(steps, mean, ".-", color=color, linewidth=1.8, label=f"{name}: {mean[-1]:.4f}")
+    tenth = min(finals[1:]) / 10
+    axes.axhline(tenth, color=GREEN, linewidth=1, linestyle="--", label="a tenth of the best of the others")
+    axes.set_yscale("log")
+    dress(axes, "step (4,096 fresh pairs each)", "JSD(target, policy), nats (thin: single seeds)", legend=False)
+    axes.legend(fontsize=9, loc="center right", bbox_to_anchor=(1, 0.61), **_PLATE)
 
 
 DRAW: Mapping[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "e1": _e1, "e2": _e2, "e3": _e3, "e4": _e4, "e5": _e5, "e6": _e6, "e7": _e7, "e8": _e8, "e9": _e9,
+    "e10": _e10,
 }  # fmt: skip
 """Name of the experiment -> how its series are drawn on a figure."""

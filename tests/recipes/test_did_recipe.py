@@ -36,7 +36,7 @@ def test_exact_experiments_at_the_reference_settings(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["e1", "e2", "e3", "e6", "e7", "e8", "e9"])
+@pytest.mark.parametrize("name", ["e1", "e2", "e3", "e6", "e7", "e8", "e9", "e10"])
 def test_long_experiments_at_the_reference_settings(name):
     result = did.run_experiment(name, Settings())
     assert result.passed, report(result)
