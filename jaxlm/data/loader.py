@@ -58,6 +58,11 @@ class Rows(NamedTuple):
         """Where the pieces of row i come from."""
         return [f"{self.corpus.origins[p.document]} targets {p.start}-{p.stop - 1}" for p in self.pieces(i)]
 
+    def most_targets(self) -> int:
+        """The largest number of predicted tokens in a row (the mask's)."""
+        rows = (sum(int(self.corpus[p.document].mask[1:].sum()) for p in self.pieces(i)) for i in range(len(self.plan)))
+        return max(rows)
+
     def most_segments(self) -> int:
         """The largest number of segments in a row."""
         return self.group * max(len(self.plan[i]) for i in range(len(self.plan)))

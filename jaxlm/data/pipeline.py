@@ -44,7 +44,15 @@ class Datasets:
     @property
     def slots(self) -> int:
         """The largest number of segments in any row."""
-        return max(rows.most_segments() for rows in [*self.train.sources, *self.heldout.values()])
+        return max(rows.most_segments() for rows in self._all())
+
+    @property
+    def capacity(self) -> int:
+        """The largest number of predicted tokens in any row, up to the next multiple of 64."""
+        return -(-max(rows.most_targets() for rows in self._all()) // 64) * 64
+
+    def _all(self) -> list[Rows]:
+        return [*self.train.sources, *self.heldout.values()]
 
 
 def build(cfg: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1) -> Datasets:

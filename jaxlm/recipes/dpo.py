@@ -154,7 +154,13 @@ def run(cfg: Config) -> Result:
 
     constrain, place = make_constrain(mesh), partial(shard_batch, mesh=mesh)
     scorer = make_scorer(
-        make_hidden_scorer(make_apply(model, constrain), partial(decoder.head, cfg=model), mesh=mesh),
+        make_hidden_scorer(
+            make_apply(model, constrain),
+            partial(decoder.head, cfg=model),
+            mesh=mesh,
+            # Compacted along a sharded length, targets would travel between devices.
+            capacity=data.capacity if mesh.shape["sequence"] == 1 else None,
+        ),
         slots=data.slots,
         ld_alpha=cfg.ld_alpha,
     )

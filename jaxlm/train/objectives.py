@@ -21,7 +21,7 @@ from jaxlm.ops.token_stats import (
     token_stats_sharded,
 )
 from jaxlm.sharding.rules import RULES
-from jaxlm.typing import Apply, Array, Batch, Key, LossFn, Metrics, Params
+from jaxlm.typing import Apply, Array, Batch, Bool, Float, Key, LossFn, Metrics, Params
 
 Score = Callable[[Params, Batch, "Key[Array, 'B'] | None", Collection[str]], TokenStats]
 """(params, batch, row keys, outputs) -> statistics of the batch's targets, each [B, T]; 0 where its mask is False."""
@@ -33,20 +33,31 @@ Head = Callable[[Params], dict[str, Any]]
 """params -> the keyword arguments of `token_stats` that are the unembedding: unembed [V, D], bias, soft_cap."""
 
 
-def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None) -> Score:
+def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None, capacity: int | None = None) -> Score:
     """Scores a model that returns hidden states, through the hot path: no [tokens, vocab] array is ever held.
 
-    On a mesh of several devices each scores its own tokens against its own share of the vocabulary.
+    On a mesh of several devices each scores its own tokens against its own share of the vocabulary. capacity: the most
+    targets that any row has; only so many positions of each row then meet the vocabulary, and prompts cost nothing
+    there (None: all T do). A row with more gets NaN, which a training step refuses.
     """
 
     def score(params: Params, batch: Batch, key: Array | None, outputs: Collection[Any]) -> TokenStats:
         hidden = _apply(apply, params, batch, key)
-        where = dict(head(params), mask=batch["mask"], outputs=outputs)
+        if capacity is None or capacity >= hidden.shape[1]:
+            return stats(params, hidden, batch["targets"], batch["mask"], outputs)
+        mask = batch["mask"]
+        kept = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]  # the targets' positions first, in order
+        targets, present = (jnp.take_along_axis(x, kept, axis=1) for x in (batch["targets"], mask))
+        compact = stats(params, jnp.take_along_axis(hidden, kept[..., None], axis=1), targets, present, outputs)
+        return TokenStats(*(None if x is None else _spread(x, mask) for x in compact))
+
+    def stats(params: Params, hidden: Array, targets: Array, mask: Array, outputs: Collection[Any]) -> TokenStats:
+        where = dict(head(params), mask=mask, outputs=outputs)
         if mesh is None or mesh.size == 1:
-            return token_stats(hidden, targets=batch["targets"], **where)
+            return token_stats(hidden, targets=targets, **where)
         return token_stats_sharded(
             hidden,
-            targets=batch["targets"],
+            targets=targets,
             mesh=mesh,
             token_axes=(RULES["batch"], RULES["length"]),
             vocab_axis="tensor" if mesh.shape["tensor"] > 1 else None,
@@ -54,6 +65,13 @@ def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None) ->
         )
 
     return score
+
+
+def _spread(x: Float[Array, "B C"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """The values of each row's targets at their places; 0 elsewhere, NaN where there are more targets than values."""
+    rank = jnp.cumsum(mask, axis=1) - 1
+    placed = jnp.take_along_axis(x, jnp.clip(rank, 0, x.shape[1] - 1), axis=1)
+    return jnp.where(mask, jnp.where(rank < x.shape[1], placed, jnp.nan), 0.0)
 
 
 def make_logits_scorer(apply: Apply) -> Score:
