@@ -20,8 +20,9 @@ Params = Any
 Batch = Mapping[str, Array]
 """The arrays of one step; `jaxlm.data.batch` names them."""
 
-Metrics = dict[str, tuple[Array, Array]]
-"""Name -> (total, weight), both scalars: summed over micro-batches and devices, divided once, when reported."""
+Metrics = dict[str, tuple[Array, Array | None]]
+"""Name -> (total, weight), both scalars: summed over micro-batches and devices, divided once, when reported. A weight
+of None marks a count, whose mean is over steps."""
 
 
 @runtime_checkable

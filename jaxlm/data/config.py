@@ -44,6 +44,11 @@ class DataConfig:
     num_threads: int = 2
 
     def __post_init__(self) -> None:
+        if not self.completion_only and self.examples not in ("documents", "chosen", "rejected"):
+            raise ValueError(
+                f"data.completion_only=False would count the prompt in every response of data.examples="
+                f"{self.examples!r}: leave it True"
+            )
         if self.examples != "documents" and self.packing == "stream":
             raise ValueError(
                 f"data.examples={self.examples!r} are never cut into a stream: set data.packing to 'pack' (several in "

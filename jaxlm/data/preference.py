@@ -28,12 +28,16 @@ Encode = Callable[[Mapping[str, Any], str], Document]
 
 def encode_pair(encode: Encode, row: Mapping[str, Any], origin: str, fields: SourceConfig) -> tuple[Document, Document]:
     """The chosen and the rejected response as documents; BadRow, naming the place, for what is not a pair."""
-    prompt, chosen, rejected = _split(row, origin, fields)
+    prompt, chosen, rejected = (list(x) if isinstance(x, tuple) else x for x in _split(row, origin, fields))
     if not isinstance(chosen, type(prompt)) or not isinstance(rejected, type(prompt)):
         kinds = ", ".join(type(x).__name__ for x in (prompt, chosen, rejected))
         raise BadRow(origin, "wrong type", f"expected prompt, chosen and rejected of one kind, found {kinds}")
 
     def response(reply: Any, which: str) -> Document:
+        if isinstance(reply, str):
+            text_of({which: reply}, origin, field=which)  # so that a message names the side
+        elif not reply:
+            raise BadRow(origin, "empty", f"{which!r} has no messages")
         example = {fields.prompt_field: prompt, fields.completion_field: reply, "tools": row.get("tools")}
         return encode(example, origin)._replace(origin=f"{origin} {which}")
 
@@ -73,6 +77,9 @@ def _split_messages(chosen: Any, rejected: Any, origin: str) -> tuple[Any, Any, 
         shared += 1
     if not shared:
         raise BadRow(origin, "different prompts", "chosen and rejected share no first message")
+    speakers = [m[shared].get("role") if isinstance(m[shared], Mapping) else None for m in (chosen, rejected)]
+    if speakers != ["assistant", "assistant"]:
+        raise BadRow(origin, "different prompts", f"expected the first difference in the replies, found {speakers}")
     return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
 
 
@@ -86,18 +93,30 @@ def encode_response(encode: Encode, row: Mapping[str, Any], origin: str, fields:
 
 
 def with_mismatched(responses: Sequence[Document]) -> list[tuple[Document, Document]]:
-    """Each response, and beside it its prompt with the completion of the next one (the last takes the first's).
+    """Each response, and beside it its prompt with the completion of the next one to another prompt (in a circle).
 
     What stands between rows is fixed by the data, not by batches, so that KTO's baseline does not depend on them. A
-    prompt ends where the first token is predicted. ValueError if there is only one response.
+    prompt ends where the first token is predicted. ValueError if all responses have one prompt.
     """
-    if len(responses) < 2:
-        raise ValueError("mismatched completions come from other rows: expected at least 2 rows, found 1")
-    others = [*responses[1:], responses[0]]
-    return [(own, _join(own, other)) for own, other in zip(responses, others)]
+    prompts = [d.tokens[: _prompt_length(d)].tobytes() for d in responses]
+    if len(set(prompts)) < 2:
+        raise ValueError(
+            f"mismatched completions come from rows with another prompt: expected at least 2 prompts, found "
+            f"{len(set(prompts))} in {len(responses)} rows"
+        )
+    # From the end, round the circle once: `other[i]` is the first row after i with another prompt.
+    other = list(range(len(responses)))
+    for i in (*reversed(range(len(responses))), *reversed(range(len(responses)))):
+        after = (i + 1) % len(responses)
+        other[i] = after if prompts[after] != prompts[i] else other[after]
+    return [(own, _join(own, responses[j])) for own, j in zip(responses, other)]
+
+
+def _prompt_length(d: Document) -> int:
+    return int(np.argmax(d.mask))
 
 
 def _join(prompt: Document, completion: Document) -> Document:
-    stop, start = (int(np.argmax(d.mask)) for d in (prompt, completion))
+    stop, start = _prompt_length(prompt), _prompt_length(completion)
     tokens, mask, sizes = (np.concatenate([a[:stop], b[start:]]) for a, b in zip(prompt[:3], completion[:3]))
     return Document(tokens, mask, sizes, f"{prompt.origin} with the completion of {completion.origin}")

@@ -112,6 +112,12 @@ class Config:
         check_terms(self.losses, examples=self.data.examples, num_microbatches=self.train.num_microbatches)
         if self.sync_every is not None and (self.reference != "live" or self.lora is not None):
             raise ValueError("sync_every moves the reference: it needs reference='live' and no lora")
+        if self.sync_every is not None and not self.needs_reference:
+            raise ValueError(f"sync_every moves the reference, and {self.losses[0].name} has none: leave it out")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1] (1 is the plain sum), found {self.ld_alpha}")
+        if self.train.z_loss:
+            raise ValueError(f"train.z_loss is of the recipe lm, found {self.train.z_loss}: leave it 0")
         if self.ld_alpha is not None and self.data.examples != "pairs":
             raise ValueError(
                 f"ld_alpha compares the two responses of a pair, found data.examples={self.data.examples!r}"
@@ -171,7 +177,12 @@ def run(cfg: Config) -> Result:
             score,
             start(cfg, spec, mesh),
             cfg.data,
-            options={"model": dataclasses.asdict(model), "ld_alpha": cfg.ld_alpha},
+            options={
+                "model": dataclasses.asdict(model),
+                "ld_alpha": cfg.ld_alpha,
+                "mesh": dict(mesh.shape),
+                "capacity": data.capacity,
+            },
             folder=Path(cfg.cache_dir or Path(cfg.run_dir) / "reference"),
             place=place,
         )

@@ -38,8 +38,8 @@ def with_reference(
     shape = {"sequence_length": cfg.sequence_length, "batch_size": size, "packing": cfg.packing, "group": cfg.group}
     # Another compiler or device rounds differently, and the first evaluation would not be exact.
     machine = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    key = {**options, **shape, **machine, "parameters": fingerprint(params)}
     slots = data.slots
+    key = {**options, **shape, **machine, "slots": slots, "parameters": fingerprint(params)}
 
     def referred(rows: Rows) -> Rows:
         def compute() -> np.ndarray:
@@ -53,7 +53,7 @@ def with_reference(
             return _by_document(rows, found)
 
         entry = key | {"data": rows.corpus.fingerprint()}
-        values, before = cached(folder, entry, compute, write=jax.process_index() == 0)
+        values, before = cached(folder, entry, compute, size=len(rows.corpus))
         say(f"reference log-probabilities of {rows.name}: {'found' if before else 'computed'}, {folder}")
         return rows._replace(slots=slots, extra={**rows.extra, "reference": values})
 

@@ -35,18 +35,23 @@ BY_RANK = ("aot", "aot_unpaired")
 OVER_BATCH = (*BY_RANK, "kto", "bco")
 """Losses of one response that depend on the others of the batch, which micro-batches would change."""
 
-PER_TOKEN = ("simpo", "alphapo", "orpo")
-"""Losses without a reference whose reward is a mean per token."""
+PER_TOKEN = ("simpo", "alphapo", "orpo", "ipo", "dpo_norm")
+"""Losses that compare means per token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossTerm:
     """One loss of a sum. name: a function of `jaxlm.losses`. options: its keyword arguments (beta, label_smoothing, …).
-    divergence: of the losses that take one; alpha_divergence with alpha."""
+    None: beta 0.1 where it takes a beta. divergence: of the losses that take one; alpha_divergence with alpha.
+
+    ORPO's and CPO's likelihood term is a second term, "sft": the mean over the completion's tokens. The published ORPO
+    takes it over prompt and completion. The baseline of bco is the mean of the batch, of kto that of its mismatched
+    completions, in evaluation too.
+    """
 
     name: str = "dpo"
     weight: float = 1.0
-    options: dict[str, float] = dataclasses.field(default_factory=lambda: {"beta": 0.1})
+    options: dict[str, float] | None = None
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     alpha: float = 0.5
 
@@ -56,6 +61,8 @@ class LossTerm:
             near = difflib.get_close_matches(self.name, known, 3, 0.4) or sorted(known)
             raise ValueError(f"losses: {self.name!r} is none of them; did you mean {' or '.join(near)}?")
         takes = _options(self.name)
+        if self.options is None:
+            object.__setattr__(self, "options", {"beta": 0.1} if "beta" in takes else {})
         unknown = sorted(self.options.keys() - takes.keys())
         missing = sorted(name for name, required in takes.items() if required and name not in self.options)
         if unknown or missing:
@@ -108,15 +115,17 @@ def beta_of(terms: Sequence[LossTerm]) -> float:
 
 
 def make_rewards(terms: Sequence[LossTerm]) -> Rewards:
-    """What the first loss compares: beta times the log-ratio, or, without a reference, the log-probability (per token
-    where the loss takes means)."""
+    """What the first loss compares: beta times the log-ratio, or, without a reference, the log-probability; per token
+    where the loss takes means."""
     beta, first = beta_of(terms), terms[0]
 
     def rewards(p: Pairs) -> tuple[Array, Array]:
+        chosen, rejected = p.policy_chosen, p.policy_rejected
         if first.needs_reference and p.reference_chosen is not None and p.reference_rejected is not None:
-            return beta * (p.policy_chosen - p.reference_chosen), beta * (p.policy_rejected - p.reference_rejected)
-        lengths = (p.chosen_length, p.rejected_length) if first.name in PER_TOKEN else (1.0, 1.0)
-        return beta * p.policy_chosen / lengths[0], beta * p.policy_rejected / lengths[1]
+            chosen, rejected = chosen - p.reference_chosen, rejected - p.reference_rejected
+        if first.name in PER_TOKEN:
+            chosen, rejected = chosen / p.chosen_length, rejected / p.rejected_length
+        return beta * chosen, beta * rejected
 
     return rewards
 

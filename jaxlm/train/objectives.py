@@ -142,7 +142,7 @@ def make_next_token_loss(nll: Nll, *, z_loss: float = 0.0) -> LossFn:
         metrics = {
             "loss": (nats, weight),
             "entropy": (masked_sum(stats.entropy, mask), weight),
-            "tokens": (weight, jnp.ones(())),
+            "tokens": (weight, None),
         }
         if "target_bytes" in batch:
             num_bytes = masked_sum(batch["target_bytes"].astype(jnp.float32), mask)

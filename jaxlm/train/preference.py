@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm.ops.masked import masked_sum
 from jaxlm.train.objectives import Score
+from jaxlm.train.step import per_step
 from jaxlm.typing import Array, Batch, Bool, Float, Int, Key, Metrics, Params
 
 MAX_TILT = 30.0
@@ -153,9 +154,10 @@ def make_preference_eval(
     """((trained, frozen), batch) -> metrics, with every model scored by one and the same compiled function.
 
     score: jitted; the one that made the cached reference. Where policy and reference hold the same parameters their
-    scores are then equal to the last bit. Not to be jitted again as a whole.
+    scores are then equal to the last bit; with adapters, whose tree is another, to rounding. Not to be jitted again as
+    a whole.
     """
-    finish = jax.jit(lambda scored, referred, batch: objective(scored, referred, batch)[2])
+    finish = jax.jit(lambda scored, referred, batch: per_step(objective(scored, referred, batch)[2]))
 
     def step(models: tuple[Params, Params], batch: Batch) -> Metrics:
         tokens = {name: batch[name] for name in TOKENS}
@@ -210,15 +212,10 @@ def _pair_metrics(pairs: Pairs, scored: Responses, total: Array, n: Array, rewar
         "chosen_tokens": pairs.chosen_length,
         "rejected_tokens": pairs.rejected_length,
     }
-    metrics = {name: (masked_sum(x, pairs.present), n) for name, x in means.items()}
-    once = jnp.ones(())
+    metrics: Metrics = {name: (masked_sum(x, pairs.present), n) for name, x in means.items()}
     tokens = scored.length.sum()
-    return metrics | {
-        "loss": (total, n),
-        "entropy": (scored.entropy.sum(), tokens),
-        "tokens": (tokens, once),
-        "pairs": (n, once),
-    }
+    counts: Metrics = {"tokens": (tokens, None), "pairs": (n, None)}
+    return metrics | {"loss": (total, n), "entropy": (scored.entropy.sum(), tokens)} | counts
 
 
 def _against_reference(pairs: Pairs, n: Array, beta: float) -> Metrics:
@@ -299,9 +296,6 @@ def _response_metrics(r: LabelledResponses, scored: Responses, total: Array, n: 
         count = jnp.sum(kept, dtype=jnp.float32)
         metrics[f"rewards_{name}"] = (masked_sum(reward, kept), count)
         metrics[f"logprob_{name}"] = (masked_sum(r.policy, kept), count)
-    tokens, once = scored.length.sum(), jnp.ones(())
-    return metrics | {
-        "entropy": (scored.entropy.sum(), tokens),
-        "tokens": (tokens, once),
-        "responses": (n, once),
-    }
+    tokens = scored.length.sum()
+    counts: Metrics = {"tokens": (tokens, None), "responses": (n, None)}
+    return metrics | {"entropy": (scored.entropy.sum(), tokens)} | counts

@@ -50,25 +50,35 @@ def _mix(x: Array) -> Array:
 
 
 def cached(
-    folder: Path, key: Mapping[str, Any], compute: Callable[[], np.ndarray], *, write: bool = True
+    folder: Path, key: Mapping[str, Any], compute: Callable[[], np.ndarray], *, size: int
 ) -> tuple[np.ndarray, bool]:
-    """The array of this key from `folder`, or computed and kept there; and whether it was found.
+    """The values [size] of this key from `folder`, or computed and kept there; and whether they were found.
 
-    key: JSON values, all that the array depends on; a change in any of them is another entry. write: whether this
-    process keeps it (one of several does).
+    key: JSON values, all that the values depend on; a change in any of them is another entry. Of several processes the
+    first reads and writes, and tells the others: they need not share the folder, and all compute, or none.
     """
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
-    if path.is_file():
-        return np.load(path), True
+    found = bool(_from_first(np.array(path.is_file())))
+    if found:
+        return _from_first(np.load(path) if jax.process_index() == 0 else np.zeros(size, np.float32)), True
     values = compute()
-    if write:
+    if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp.npy")
         np.save(temporary, values)
         temporary.replace(path)
         path.with_suffix(".json").write_text(text + "\n")
     return values, False
+
+
+def _from_first(x: np.ndarray) -> np.ndarray:
+    """The first process's array, on all of them."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
 def make_score_step(scorer: Scorer, mesh: Mesh) -> Callable[[Params, Batch], Responses]:

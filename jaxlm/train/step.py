@@ -56,6 +56,7 @@ def make_train_step(
         old = (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         one = jnp.ones(())
+        metrics = per_step(metrics)
         # A bad step's numbers would poison every mean they are added to: they are left out, and the step is counted.
         metrics = {name: (jnp.where(good, t, 0), jnp.where(good, w, 0)) for name, (t, w) in metrics.items()}
         metrics["grad_norm"] = (jnp.where(good, grad_norm, 0), good.astype(jnp.float32))
@@ -106,6 +107,11 @@ def accumulate(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
+def per_step(metrics: Metrics) -> Metrics:
+    """Counts get the weight of one step, now that all its micro-batches are summed."""
+    return {name: (total, jnp.ones(()) if weight is None else weight) for name, (total, weight) in metrics.items()}
+
+
 def split_rows(x: Array, parts: int) -> Array:
     """[B, …] as [parts, B/parts, …]: part i holds rows i, i + parts, …, so that every device keeps its own rows."""
     if x.shape[0] % parts:
@@ -117,6 +123,6 @@ def make_eval_step(loss_fn: LossFn) -> EvalStep:
     """(params, batch) -> metrics, without dropout."""
 
     def step(params: Params, batch: Batch) -> Metrics:
-        return loss_fn(params, batch, None)[2]
+        return per_step(loss_fn(params, batch, None)[2])
 
     return step
