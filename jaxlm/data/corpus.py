@@ -57,6 +57,12 @@ class TokenCorpus:
         """Targets per document, int64 [n]: its tokens but the first."""
         return np.maximum(np.diff(self.ends, prepend=0) - 1, 0)
 
+    def num_predicted(self) -> np.ndarray:
+        """Targets per document that count, int64 [n]: those whose mask is True."""
+        ends = np.concatenate([[0], np.cumsum(self.mask)])
+        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        return ends[self.ends] - ends[np.minimum(starts + 1, self.ends)]
+
     def fingerprint(self) -> str:
         """A hash of every token, mask, boundary and label: two runs with the same one saw the same data."""
         digest = hashlib.sha256()

@@ -60,8 +60,8 @@ class Rows(NamedTuple):
 
     def most_targets(self) -> int:
         """The largest number of predicted tokens in a row (the mask's)."""
-        rows = (sum(int(self.corpus[p.document].mask[1:].sum()) for p in self.pieces(i)) for i in range(len(self.plan)))
-        return max(rows)
+        predicted = self.corpus.num_predicted().reshape(-1, self.group).sum(axis=1)
+        return max(sum(int(predicted[p.document]) for p in self.plan[i]) for i in range(len(self.plan)))
 
     def most_segments(self) -> int:
         """The largest number of segments in a row."""
