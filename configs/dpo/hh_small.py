@@ -18,6 +18,10 @@ def get_config(pairs: str = "pairs.jsonl.gz") -> ConfigDict:
     config.recipe = "dpo"
     config.run_dir = "runs/hh_dpo"
     config.init_from = "runs/hh_sft"
+    config.model = dict(  # that of hh_sft.py
+        vocab_size=4096, width=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, mlp_width=384,
+        max_length=1024, tie_embeddings=True,
+    )  # fmt: skip
     source = dict(kind="jsonl", path=pairs, heldout_share=0.1)
     config.data = dict(
         tokenizer="runs/hh_tokenizer/tokenizer.model",

@@ -32,6 +32,7 @@ def test_rows_hold_whole_pairs_and_pad_least_unless_told(tmp_path):
     assert "3 pairs" in bench.layout(problem) and "6 rows" in bench.layout(problem)
 
 
+@pytest.mark.slow
 def test_a_command_without_a_rival_compares_the_two_references(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert bench.main(arguments("--no-memory", "--json", str(out))) == 0
@@ -48,6 +49,7 @@ def test_losses_that_are_not_those_of_dpo_are_an_error():
             bench.check({"jaxlm": [bench.math.log(2), 0.5], "trl": bad})
 
 
+@pytest.mark.slow
 @needs_proc
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     used = bench.alone(bench.peak_memory, bench.make_problem(arguments(), tmp_path), "jaxlm")

@@ -75,6 +75,7 @@ def test_orpo_takes_means_over_the_tokens_of_a_response():
     np.testing.assert_allclose(found, -mean["chosen"] + np.log1p(np.exp(-odds)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_short_run_only_dpo_reaches_the_target(policies):
     reference, target = (language.log_table(p, length=LENGTH) for p in policies)
     problem = Problem(reference, target, reference, did.optimal_rejected(target, reference, beta=language.BETA))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import signal
@@ -160,7 +161,11 @@ def test_a_signal_saves_and_stops_at_the_next_step(tmp_path, capsys, number):
 
 
 def test_a_second_signal_is_not_swallowed():
-    with Preemption() as preemption:
+    # A shell starts background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, before)
+        preemption = stack.enter_context(Preemption())
         assert not preemption.asked()
         signal.raise_signal(signal.SIGINT)
         assert preemption.asked() and preemption.agreed(3)
