@@ -58,6 +58,14 @@ class Rows(NamedTuple):
         """Where the pieces of row i come from."""
         return [f"{self.corpus.origins[p.document]} targets {p.start}-{p.stop - 1}" for p in self.pieces(i)]
 
+    def by_document(self, by_row: np.ndarray) -> np.ndarray:
+        """Values of the segments of every row, [rows, slots], as one per document of the corpus, [n]."""
+        values = np.zeros(len(self.corpus), by_row.dtype)
+        for i in range(len(self.plan)):
+            documents = [piece.document for piece in self.pieces(i)]
+            values[documents] = by_row[i, : len(documents)]
+        return values
+
     def most_targets(self) -> int:
         """The largest number of predicted tokens in a row (the mask's)."""
         predicted = self.corpus.num_predicted().reshape(-1, self.group).sum(axis=1)

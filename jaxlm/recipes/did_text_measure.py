@@ -80,11 +80,7 @@ def response_logprobs(params: Params, rows: Rows, model: DecoderConfig) -> np.nd
     )
     score = jax.jit(lambda params, batch: scorer(params, batch, None).logprob)
     by_row = np.concatenate([np.asarray(score(params, batch)) for batch in _batches(rows)])
-    values = np.zeros(len(rows.corpus), np.float32)
-    for i in range(len(rows.plan)):
-        documents = [piece.document for piece in rows.pieces(i)]
-        values[documents] = by_row[i, : len(documents)]
-    return values
+    return rows.by_document(by_row)
 
 
 def mean_token_did_entropy(policy: Params, reference: Params, rows: Rows, model: DecoderConfig) -> float:
@@ -138,14 +134,12 @@ def sequence_entropies(policy: np.ndarray, reference: np.ndarray, *, min_ess: fl
 
     policy, reference: [prompts, K] log-probabilities of the policy's own replies. Means are NaN if all are refused.
     """
-    found = []
-    for i, pair in enumerate(zip(policy, reference)):
-        try:
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            found.append(sequence_did_entropy(*map(jnp.asarray, pair), key=key, min_ess=min_ess))
-        except ValueError:  # the refusal, which is counted below
-            continue
     _, ess = estimate_did_entropy(jnp.asarray(policy), jnp.asarray(reference))
+    found = []
+    for i in np.flatnonzero(np.asarray(ess) >= min_ess):
+        key = jax.random.fold_in(jax.random.key(seed), int(i))
+        pair = jnp.asarray(policy[i]), jnp.asarray(reference[i])
+        found.append(sequence_did_entropy(*pair, key=key, min_ess=min_ess))
 
     def mean(of: Callable[[Any], float]) -> float:
         return float(np.mean([of(f) for f in found])) if found else float("nan")

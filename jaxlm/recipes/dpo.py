@@ -18,17 +18,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.data import pipeline
 from jaxlm.data.config import DataConfig
-from jaxlm.data.show import render_batch
-from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.generate.sample import SamplingConfig
 from jaxlm.losses import mix_reference
 from jaxlm.models import decoder, lora
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
-from jaxlm.recipes.config import to_dict
-from jaxlm.recipes.describe import parameter_table
 from jaxlm.recipes.dpo_reference import with_reference
 from jaxlm.recipes.preference_losses import (
     RESPONSES,
@@ -41,25 +36,23 @@ from jaxlm.recipes.preference_losses import (
 )
 from jaxlm.recipes.wiring import (
     averaged,
-    check_vocabulary,
-    continuations,
     heldout_batches,
-    initial_config,
     initial_params,
     make_apply,
+    resolve,
     say,
-    say_left_out,
-    throughput,
+    say_continuations,
+    set_up,
+    show_start,
+    train_parameters,
 )
-from jaxlm.sharding.mesh import MeshConfig, make_mesh
-from jaxlm.sharding.place import check_batch, make_constrain, shard_batch
+from jaxlm.sharding.mesh import MeshConfig
 from jaxlm.sharding.rules import param_shardings
-from jaxlm.train import flops
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import make_evaluate
-from jaxlm.train.loop import Result, train
+from jaxlm.train.loop import Result
 from jaxlm.train.objectives import make_hidden_scorer
-from jaxlm.train.optim import OptimConfig, make_optimizer
+from jaxlm.train.optim import OptimConfig
 from jaxlm.train.plot import plot_run
 from jaxlm.train.preference import (
     Objective,
@@ -72,10 +65,7 @@ from jaxlm.train.preference import (
     make_scorer,
     policy_alone,
 )
-from jaxlm.train.record import make_record
 from jaxlm.train.reference import make_score_step
-from jaxlm.train.state import TrainState, abstract_state, init_state
-from jaxlm.train.step import make_train_step
 from jaxlm.typing import Array, Params
 
 
@@ -129,125 +119,49 @@ class Config:
         return any(term.needs_reference for term in self.losses)
 
 
-def resolve(cfg: Config) -> Config:
-    """Fills in the model from `init_from`; ValueError if neither is given."""
-    if cfg.model is not None:
-        return cfg
-    if cfg.init_from is None:
-        raise ValueError("config: give init_from (a Hugging Face or run folder) or model (the decoder's fields)")
-    return dataclasses.replace(cfg, model=initial_config(cfg.init_from))
-
-
 def run(cfg: Config) -> Result:
     """Trains, evaluates, and reports; started again on the same run folder, it resumes."""
     cfg = resolve(cfg)
-    model, mesh, tokenizer = _model(cfg), make_mesh(cfg.mesh), load_tokenizer(cfg.data.tokenizer)
-    check_batch(
-        mesh,
-        batch_size=cfg.data.batch_size,
-        num_microbatches=cfg.train.num_microbatches,
-        sequence_length=cfg.data.sequence_length,
+    s = set_up(cfg)
+    spec = decoder.spec(s.model)
+    trained = spec if cfg.lora is None else lora.lora_spec(spec, cfg.lora)
+    show_start(trained, s)
+    # Compacted along a sharded length, targets would travel between devices.
+    capacity = s.data.capacity if s.mesh.shape["sequence"] == 1 else None
+    score_tokens = make_hidden_scorer(
+        make_apply(s.model, s.constrain), partial(decoder.head, cfg=s.model), mesh=s.mesh, capacity=capacity
     )
-    check_vocabulary(model, tokenizer, cfg.data)
-    data = pipeline.build(cfg.data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
-    data.train.require(cfg.train.num_steps)
-    spec = decoder.spec(model)
-    trained_spec = spec if cfg.lora is None else lora.lora_spec(spec, cfg.lora)
-    say(parameter_table(trained_spec, param_shardings(trained_spec, mesh)))
-    say(render_batch(data.train.batch(0), tokenizer, rows=1))
-    say_left_out(data)
-    tokenizer.save(Path(cfg.run_dir) / "tokenizer")
-
-    constrain, place = make_constrain(mesh), partial(shard_batch, mesh=mesh)
-    scorer = make_scorer(
-        make_hidden_scorer(
-            make_apply(model, constrain),
-            partial(decoder.head, cfg=model),
-            mesh=mesh,
-            # Compacted along a sharded length, targets would travel between devices.
-            capacity=data.capacity if mesh.shape["sequence"] == 1 else None,
-        ),
-        slots=data.slots,
-        ld_alpha=cfg.ld_alpha,
-    )
-    score = make_score_step(scorer, mesh)
+    scorer = make_scorer(score_tokens, slots=s.data.slots, ld_alpha=cfg.ld_alpha)
+    score = make_score_step(scorer, s.mesh)
+    starting = partial(start, cfg, spec, s.mesh)
     if cfg.needs_reference and cfg.reference == "cached":
-        data = with_reference(
-            data,
-            score,
-            start(cfg, spec, mesh),
-            cfg.data,
-            options={
-                "model": dataclasses.asdict(model),
-                "ld_alpha": cfg.ld_alpha,
-                "mesh": dict(mesh.shape),
-                "capacity": data.capacity,
-            },
-            folder=Path(cfg.cache_dir or Path(cfg.run_dir) / "reference"),
-            place=place,
-        )
+        options = {"model": dataclasses.asdict(s.model), "ld_alpha": cfg.ld_alpha, "capacity": capacity}
+        folder = Path(cfg.cache_dir or Path(cfg.run_dir) / "reference")
+        s = s._replace(data=with_reference(s, score, starting(), cfg.data, options=options, folder=folder))
     policy, reference = models(cfg)
     objective = make_objective(cfg)
-    optimizer, schedule = make_optimizer(
-        cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(trained_spec), spec=trained_spec
-    )
-    ema, moving = cfg.train.ema_decay is not None, cfg.sync_every is not None
-
-    def first_state() -> TrainState:
-        params = initial_params(cfg.init_from) if cfg.lora is None else None
-        state = init_state(jax.random.key(cfg.train.seed), trained_spec, optimizer, mesh=mesh, ema=ema, params=params)
-        return state.replace(frozen=start(cfg, spec, mesh)) if moving else state  # type: ignore[attr-defined]
-
-    fixed = not moving and (cfg.lora is not None or reference is not None)
-
-    abstract = abstract_state(trained_spec, optimizer, mesh=mesh, ema=ema)
-    result = train(
-        cfg.train,
-        run_dir=cfg.run_dir,
-        init_state=first_state,
-        abstract_state=abstract.replace(frozen=abstract.params) if moving else abstract,  # type: ignore[attr-defined]
-        train_step=make_train_step(
-            make_preference_loss(scorer, objective, policy=policy, reference=reference),
-            optimizer,
-            seed=cfg.train.seed,
-            schedule=schedule,
-            num_microbatches=cfg.train.num_microbatches,
-            ema_decay=cfg.train.ema_decay,
-            dropout=model.dropout > 0,
-            move_frozen=_moving(cfg),
-        ),
-        batches=partial(data.train.batches, num_threads=cfg.data.num_threads),
-        place=place,
+    heldout, moving = heldout_batches(cfg.data, s.data), cfg.sync_every is not None
+    eval_step = make_preference_eval(score, objective, policy=policy, reference=reference)
+    result = train_parameters(
+        cfg,
+        s,
+        trained,
+        make_preference_loss(scorer, objective, policy=policy, reference=reference),
+        initial=lambda: initial_params(cfg.init_from) if cfg.lora is None else None,
         evaluate=make_evaluate(
-            make_preference_eval(score, objective, policy=policy, reference=reference),
-            heldout_batches(cfg.data, data),
-            place=place,
-            params_of=lambda state: (averaged(state), state.frozen),
-            jit=False,
+            eval_step, heldout, place=s.place, params_of=lambda state: (averaged(state), state.frozen), jit=False
         )
-        if data.heldout
+        if heldout
         else None,
-        record=make_record(
-            to_dict(cfg), mesh=mesh, data_fingerprint=data.fingerprint, flop_definition=flops.DEFINITION
-        ),
-        batch_indices=data.train.indices,
-        throughput=throughput(cfg.data, model, spec, mesh),
-        constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
-        frozen=start(cfg, spec, mesh) if fixed else None,
+        frozen=starting() if not moving and (cfg.lora is not None or reference is not None) else None,
+        moving=starting if moving else None,
+        move_frozen=_moving(cfg),
     )
     if jax.process_index() == 0:
         folder = Path(cfg.run_dir)
         say(f"loss curve: {plot_run(folder / 'metrics.jsonl', folder / 'loss.png', metric='loss')}")
-    for text in continuations(
-        cfg.sample_prompts, final_params(cfg, result), model, cfg.sampling, tokenizer=tokenizer, constrain=constrain
-    ):
-        say(text)
+    say_continuations(cfg.sample_prompts, cfg.sampling, final_params(cfg, result), s)
     return result
-
-
-def _model(cfg: Config) -> DecoderConfig:
-    assert cfg.model is not None
-    return cfg.model
 
 
 def start(cfg: Config, spec: specs.Spec, mesh: jax.sharding.Mesh) -> Params:

@@ -46,6 +46,12 @@ def load_model(folder: str | Path, *, step: int | None = None, tokenizer: str | 
     raise ValueError(f"{folder}: neither a run's folder (no {FILE}) nor a Hugging Face model's (no config.json)")
 
 
+def load_config(folder: str | Path) -> DecoderConfig:
+    """The config alone of the model in a run's folder or a Hugging Face folder."""
+    folder = Path(folder)
+    return _run_config(_record(folder)) if (folder / FILE).is_file() else hf.load_config(folder)
+
+
 class Adapters(NamedTuple):
     """The adapters of a run, and what they were trained beside (None: random parameters of the run's seed)."""
 
@@ -61,7 +67,7 @@ def load_adapters(folder: str | Path, *, step: int | None = None) -> Adapters:
     record = _record(Path(folder))
     if not record.get("lora"):
         raise ValueError(f"{folder} trained all parameters and no adapters: load it as a model")
-    cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
+    cfg = _run_config(record)
     adapted = to_dataclass(LoraConfig, record["lora"], "run.json: config.lora")
     params, step = _checkpoint(Path(folder), lora.lora_spec(decoder.spec(cfg), adapted), record, step)
     return Adapters(cfg, adapted, params, record["init_from"], f"{folder} at step {step}")
@@ -69,7 +75,7 @@ def load_adapters(folder: str | Path, *, step: int | None = None) -> Adapters:
 
 def _from_run(folder: Path, step: int | None, tokenizer: str | None) -> Loaded:
     record = _record(folder)
-    cfg = to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
+    cfg = _run_config(record)
     spec = decoder.spec(cfg)
     if record.get("lora"):
         found = load_adapters(folder, step=step)
@@ -85,6 +91,10 @@ def _record(folder: Path) -> dict[str, Any]:
     if record.get("model") is None:
         raise ValueError(f"{folder / FILE} records no decoder, so there is nothing to generate with")
     return record
+
+
+def _run_config(record: dict[str, Any]) -> DecoderConfig:
+    return to_dataclass(DecoderConfig, record["model"], "run.json: config.model")
 
 
 def _checkpoint(folder: Path, spec: specs.Spec, record: dict[str, Any], step: int | None) -> tuple[Params, int]:

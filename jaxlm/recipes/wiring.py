@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from jaxlm.data import pipeline
 from jaxlm.data.config import DataConfig
-from jaxlm.data.loader import eval_batches
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.loader import Rows, eval_batches
+from jaxlm.data.show import render_batch
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.generate.sample import SamplingConfig, generate
 from jaxlm.models import decoder, hf
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
-from jaxlm.recipes.load import load_model
+from jaxlm.recipes.config import to_dict
+from jaxlm.recipes.describe import parameter_table
+from jaxlm.recipes.load import load_config, load_model
+from jaxlm.sharding.mesh import MeshConfig, make_mesh
+from jaxlm.sharding.place import check_batch, make_constrain, shard_batch
+from jaxlm.sharding.rules import param_shardings
 from jaxlm.train import flops
+from jaxlm.train.config import TrainConfig
+from jaxlm.train.evaluate import Evaluate
+from jaxlm.train.loop import Result, train
+from jaxlm.train.optim import OptimConfig, make_optimizer
 from jaxlm.train.progress import Throughput
-from jaxlm.train.record import FILE
-from jaxlm.typing import Apply, Array, Constrain, Params
+from jaxlm.train.record import FILE, make_record
+from jaxlm.train.state import TrainState, abstract_state, init_state
+from jaxlm.train.step import make_train_step
+from jaxlm.typing import Apply, Array, Batch, Constrain, LossFn, Params
 
 
 def say(text: str) -> None:
@@ -30,10 +44,123 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def say_left_out(data: pipeline.Datasets) -> None:
-    """Says how many rows the data left out, and why."""
-    if data.skipped:
-        say("left out of the data: " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(data.skipped.items())))
+class RunConfig(Protocol):
+    """The groups that every recipe has which trains a decoder on text."""
+
+    run_dir: str
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    model: DecoderConfig | None
+    init_from: str | None
+    mesh: MeshConfig
+
+
+C = TypeVar("C")
+
+
+def resolve(cfg: C) -> C:
+    """Fills in the model from `init_from`; ValueError if neither is given."""
+    if cfg.model is not None:
+        return cfg
+    if cfg.init_from is None:
+        raise ValueError("config: give model (the decoder's fields) or init_from (a Hugging Face or run folder)")
+    return dataclasses.replace(cfg, model=load_config(cfg.init_from))  # type: ignore[type-var]
+
+
+class Setup(NamedTuple):
+    """What a run has before its loss: place puts a host batch on the mesh, constrain pins activations."""
+
+    model: DecoderConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    data: pipeline.Datasets
+    place: Callable[[Any], Batch]
+    constrain: Constrain
+
+
+def set_up(cfg: RunConfig) -> Setup:
+    """Mesh, tokenizer and data of a resolved config, checked against each other, and the tokenizer kept in run_dir."""
+    assert cfg.model is not None  # resolve
+    mesh, tokenizer = make_mesh(cfg.mesh), load_tokenizer(cfg.data.tokenizer)
+    check_batch(
+        mesh,
+        batch_size=cfg.data.batch_size,
+        num_microbatches=cfg.train.num_microbatches,
+        sequence_length=cfg.data.sequence_length,
+    )
+    check_vocabulary(cfg.model, tokenizer, cfg.data)
+    data = pipeline.build(cfg.data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    data.train.require(cfg.train.num_steps)
+    tokenizer.save(Path(cfg.run_dir) / "tokenizer")
+    return Setup(cfg.model, mesh, tokenizer, data, partial(shard_batch, mesh=mesh), make_constrain(mesh))
+
+
+def show_start(spec: specs.Spec, s: Setup) -> None:
+    """Says what is trained on what: the table of parameters, the first batch as text, and the rows left out."""
+    say(parameter_table(spec, param_shardings(spec, s.mesh)))
+    say(render_batch(s.data.train.batch(0), s.tokenizer, rows=1))
+    if s.data.skipped:
+        say("left out of the data: " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(s.data.skipped.items())))
+
+
+def train_parameters(
+    cfg: RunConfig,
+    s: Setup,
+    spec: specs.Spec,
+    loss_fn: LossFn,
+    *,
+    initial: Callable[[], Params | None],
+    evaluate: Evaluate | None,
+    frozen: Params | None = None,
+    moving: Callable[[], Params] | None = None,
+    move_frozen: Callable[[Array, Params, Params], Params] | None = None,
+) -> Result:
+    """Trains the parameters of `spec` on the set-up's data: the optimizer, the state, the step, and the loop.
+
+    initial: makes the parameters of step 0 (None: random ones of the seed). frozen: what the loss reads beside them
+    and no checkpoint holds. moving: makes such parameters for the state of step 0, where `move_frozen` lets them
+    follow (see `make_train_step`); those are in the checkpoints.
+    """
+    optimizer, schedule = make_optimizer(
+        cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
+    )
+    ema = cfg.train.ema_decay is not None
+
+    def first_state() -> TrainState:
+        key = jax.random.key(cfg.train.seed)
+        state = init_state(key, spec, optimizer, mesh=s.mesh, ema=ema, params=initial())
+        return state if moving is None else state.replace(frozen=moving())  # type: ignore[attr-defined]
+
+    abstract = abstract_state(spec, optimizer, mesh=s.mesh, ema=ema)
+    if moving is not None:
+        abstract = abstract.replace(frozen=abstract.params)  # type: ignore[attr-defined]
+    return train(
+        cfg.train,
+        run_dir=cfg.run_dir,
+        init_state=first_state,
+        abstract_state=abstract,
+        train_step=make_train_step(
+            loss_fn,
+            optimizer,
+            seed=cfg.train.seed,
+            schedule=schedule,
+            num_microbatches=cfg.train.num_microbatches,
+            ema_decay=cfg.train.ema_decay,
+            dropout=s.model.dropout > 0,
+            move_frozen=move_frozen,
+        ),
+        batches=partial(s.data.train.batches, num_threads=cfg.data.num_threads),
+        place=s.place,
+        evaluate=evaluate,
+        record=make_record(
+            to_dict(cfg), mesh=s.mesh, data_fingerprint=s.data.fingerprint, flop_definition=flops.DEFINITION
+        ),
+        batch_indices=s.data.train.indices,
+        throughput=throughput(cfg.data, s.model, decoder.spec(s.model), s.mesh),
+        constants={f"data/{reason}": float(n) for reason, n in s.data.skipped.items()},
+        frozen=frozen,
+    )
 
 
 def averaged(state: Any) -> Params:
@@ -52,14 +179,8 @@ def make_apply(model: DecoderConfig, constrain: Constrain) -> Apply:
     return apply
 
 
-def initial_config(init_from: str) -> DecoderConfig:
-    """The config of the model in a Hugging Face folder or a run's folder."""
-    is_run = (Path(init_from) / FILE).is_file()
-    return load_model(init_from).cfg if is_run else hf.load_config(init_from)
-
-
 def initial_params(init_from: str | None) -> Params | None:
-    """The parameters in a Hugging Face folder or a run's newest checkpoint; None for none."""
+    """The parameters in a Hugging Face folder (not its tokenizer) or a run's newest checkpoint; None for none."""
     if init_from is None:
         return None
     is_run = (Path(init_from) / FILE).is_file()
@@ -82,9 +203,13 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer, data: DataConfi
 
 def heldout_batches(cfg: DataConfig, data: pipeline.Datasets) -> dict[str, Any]:
     """Name -> function giving this host's batches of that held-out set."""
+    return {name: partial(every_batch, rows, cfg) for name, rows in data.heldout.items()}
+
+
+def every_batch(rows: Rows, cfg: DataConfig) -> Iterator[Any]:
+    """This host's slices of the batches that hold all rows once."""
     size = cfg.eval_batch_size or cfg.batch_size
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return {name: partial(eval_batches, rows, batch_size=size, **hosts) for name, rows in data.heldout.items()}
+    return eval_batches(rows, batch_size=size, process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def throughput(cfg: DataConfig, model: DecoderConfig, spec: specs.Spec, mesh: jax.sharding.Mesh) -> Throughput:
@@ -100,16 +225,8 @@ def throughput(cfg: DataConfig, model: DecoderConfig, spec: specs.Spec, mesh: ja
     return Throughput(cfg.batch_size * cfg.sequence_length, per_token, None if peak is None else peak * mesh.size)
 
 
-def continuations(
-    prompts: Sequence[str],
-    params: Params,
-    model: DecoderConfig,
-    sampling: SamplingConfig,
-    *,
-    tokenizer: Tokenizer,
-    constrain: Constrain,
-) -> Iterator[str]:
-    """Every prompt with what the model writes after it, as text to print."""
-    if prompts:
-        for r in generate(params, prompts, cfg=model, sampling=sampling, tokenizer=tokenizer, constrain=constrain):
-            yield f"--- {prompts[r.prompt]!r} continued\n{prompts[r.prompt]}{r.text}"
+def say_continuations(prompts: Sequence[str], sampling: SamplingConfig, params: Params, s: Setup) -> None:
+    """Says every prompt with what the model writes after it."""
+    results = generate(params, prompts, cfg=s.model, sampling=sampling, tokenizer=s.tokenizer, constrain=s.constrain)
+    for r in results:
+        say(f"--- {prompts[r.prompt]!r} continued\n{prompts[r.prompt]}{r.text}")
