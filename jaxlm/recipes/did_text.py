@@ -8,15 +8,17 @@ log-probabilities), and what the theory says of it:
 
     displacement, beside the one-parameter curve's prediction          `train.preference`, metrics displacement_*
     DID entropy per token, exact                                        `analysis.did_entropy.token_did_entropy`
-    DID entropy of sampled replies, refused below a floor of its
-    effective sample size, with a bootstrap interval                    `sequence_did_entropy`
+    DID entropy of the first tokens of sampled replies, refused below
+    a floor of its effective sample size, with a bootstrap interval     `sequence_did_entropy`
     the power law: evidence of the two fine-tuned models against
     the reward, slope (an estimate of beta) and R^2                     `analysis.did.power_law`
     share of pairs whose three log-margins are ordered                  `ordered_share`
 
 What is the paper's: the quantities. What is derived: the formulas. What is unknown: its data, models and sizes; no
 number here is the paper's. Deviations: small models without pretraining, so that three seeds take minutes on a CPU;
-they check the pipeline and the identities, and say nothing about the quality of large ones.
+they check the pipeline and the identities, and say nothing about the quality of large ones. The weights of the sampled
+estimate are 1 / reference, whose tail is so long that every prompt is refused: of 64 replies of 8 tokens 1.4 count, and
+of 256 replies of a single token 5. The exact entropy per token is the figure to use.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ MODEL = DecoderConfig(
 class Config:
     """What is trained and measured. pairs: a jsonl of pairs, of which 80 % train, 10 % select, 10 % test.
 
-    num_prompts, num_samples, max_new_tokens, min_ess: of the sequence DID entropy. run_dir gets the three runs of every
+    num_prompts, num_samples, max_new_tokens, min_ess: of the sequence DID entropy, which is one of the first
+    max_new_tokens tokens. run_dir gets the three runs of every
     seed, results.json, table.md and did_text.png. Started again, it runs only what is missing.
     """
 
@@ -198,7 +201,7 @@ ROWS = {
     "displacement_rejected_predicted": "the same, predicted from the chosen ones by the curve",
     "token_did_entropy": "DID entropy per token, nats (exact)",
     "token_did_entropy_share": "the same as a share of log V, its maximum",
-    "sequence_did_entropy": "DID entropy of sampled replies, nats, mean of the prompts not refused",
+    "sequence_did_entropy": "DID entropy of the first tokens of sampled replies, nats, mean of the prompts not refused",
     "sequence_did_low": "lower end of its bootstrap interval, mean",
     "sequence_did_high": "upper end of its bootstrap interval, mean",
     "sequence_did_ess": "effective sample size, median over prompts",
