@@ -48,7 +48,9 @@ def plain_greedy(params, prompt, n):
     return tokens, logprobs, entropies
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_greedy_with_refill_equals_the_plain_loop(params, batch_size):
     results = generate(params, PROMPTS, cfg=CFG, sampling=GREEDY, tokenizer=TOKENIZER, batch_size=batch_size, chunk=5)
     assert [r.prompt for r in results] == list(range(len(PROMPTS)))

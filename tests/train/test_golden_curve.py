@@ -126,6 +126,7 @@ def test_unrolled_layers_give_the_golden_curve(golden):
     assert_same(curve(scan_layers=False), golden, 1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_split():
     one = curve(dropout=0.2, steps=3)
     assert_same(curve(dropout=0.2, steps=3, num_microbatches=4), one, 1e-5)
