@@ -1,5 +1,17 @@
 """Loss functions: pure, unreduced, importable alone (this loads jax and nothing heavier)."""
 
+from jaxlm.losses.contrastive import (
+    alignment,
+    cosine,
+    cosines,
+    guided,
+    info_nce,
+    same,
+    simcse,
+    symmetric_info_nce,
+    uniformity,
+    unit,
+)
 from jaxlm.losses.lm import bits_per_byte, cross_entropy, next_token_nll, seq_logprob, z_loss
 from jaxlm.losses.preference import cdpo, discopop, dpo, dpo_norm, exo, hinge, ipo, ipo_sum, robust_dpo
 from jaxlm.losses.preference_free import alphapo, cpo, orpo, sft, simpo, tpo, tpo_l
@@ -15,10 +27,14 @@ from jaxlm.losses.preference_unpaired import (
     mismatched_rows,
 )
 from jaxlm.losses.scores import alpha_divergence, forward_kl, js_divergence, reverse_kl
+from jaxlm.losses.similarity import angle, angle_similarity, cosent, cosine_mse, matryoshka
 
 __all__ = [
+    "alignment",
     "alpha_divergence",
     "alphapo",
+    "angle",
+    "angle_similarity",
     "aot",
     "aot_unpaired",
     "apo_down",
@@ -30,6 +46,10 @@ __all__ = [
     "bco_pair",
     "bits_per_byte",
     "cdpo",
+    "cosent",
+    "cosine",
+    "cosine_mse",
+    "cosines",
     "cpo",
     "cross_entropy",
     "discopop",
@@ -37,13 +57,16 @@ __all__ = [
     "dpo_norm",
     "exo",
     "forward_kl",
+    "guided",
     "hinge",
+    "info_nce",
     "ipo",
     "ipo_sum",
     "js_divergence",
     "kto",
     "kto_baseline",
     "length_desensitised_sums",
+    "matryoshka",
     "mismatched_rows",
     "mix_reference",
     "nca",
@@ -51,12 +74,17 @@ __all__ = [
     "orpo",
     "reverse_kl",
     "robust_dpo",
+    "same",
     "seq_logprob",
     "sft",
+    "simcse",
     "simpo",
     "sppo_hard",
+    "symmetric_info_nce",
     "tpo",
     "tpo_l",
+    "uniformity",
+    "unit",
     "weighted_sum",
     "wpo_weight",
     "z_loss",
