@@ -53,6 +53,15 @@ class HFTokenizer:
         """Ids of text that stands in the middle: if the tokenizer puts a space before every text, it does not here."""
         return _encode(self._without_prefix, text)
 
+    def encode_sentences(self, texts: Sequence[str], *, max_tokens: int) -> list[np.ndarray]:
+        """Ids of each text, int32, between the tokenizer's own special tokens, all together at most max_tokens.
+
+        What encoders read: [CLS] … [SEP] for BERT. A longer text is cut at its end.
+        """
+        tokenizer = _load(self._json)
+        tokenizer.enable_truncation(max_tokens)
+        return [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts))]
+
     @functools.cached_property
     def _plain(self) -> Any:
         tokenizer = _load(self._json)

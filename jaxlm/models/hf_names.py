@@ -27,11 +27,13 @@ class Row(NamedTuple):
     kind: Kind
 
 
-def _norm(tensor: str, path: str) -> list[Row]:
+def norm_rows(tensor: str, path: str) -> list[Row]:
+    """The rows of a norm: its scale, and its bias if the model has one."""
     return [Row(f"{tensor}.weight", (f"{path}/scale",), "plain"), Row(f"{tensor}.bias", (f"{path}/bias",), "plain")]
 
 
-def _linear(tensor: str, *paths: str, kind: Kind = "linear") -> list[Row]:
+def linear_rows(tensor: str, *paths: str, kind: Kind = "linear") -> list[Row]:
+    """The rows of a linear layer, or of several that are stored fused."""
     return [
         Row(f"{tensor}.weight", tuple(f"{p}/kernel" for p in paths), kind),
         Row(f"{tensor}.bias", tuple(f"{p}/bias" for p in paths), "plain"),
@@ -41,55 +43,55 @@ def _linear(tensor: str, *paths: str, kind: Kind = "linear") -> list[Row]:
 _L = "model.layers.{i}."
 _TOP = [
     Row("model.embed_tokens.weight", ("embed/table",), "plain"),
-    *_norm("model.norm", "final_norm"),
+    *norm_rows("model.norm", "final_norm"),
     Row("lm_head.weight", ("unembed/table",), "plain"),
 ]
 _SPLIT_ATTENTION = [
-    *_linear(_L + "self_attn.q_proj", "layers/attn/q"),
-    *_linear(_L + "self_attn.k_proj", "layers/attn/k"),
-    *_linear(_L + "self_attn.v_proj", "layers/attn/v"),
-    *_linear(_L + "self_attn.o_proj", "layers/attn/out"),
-    *_norm(_L + "self_attn.q_norm", "layers/attn/q_norm"),
-    *_norm(_L + "self_attn.k_norm", "layers/attn/k_norm"),
+    *linear_rows(_L + "self_attn.q_proj", "layers/attn/q"),
+    *linear_rows(_L + "self_attn.k_proj", "layers/attn/k"),
+    *linear_rows(_L + "self_attn.v_proj", "layers/attn/v"),
+    *linear_rows(_L + "self_attn.o_proj", "layers/attn/out"),
+    *norm_rows(_L + "self_attn.q_norm", "layers/attn/q_norm"),
+    *norm_rows(_L + "self_attn.k_norm", "layers/attn/k_norm"),
 ]
 _SPLIT_MLP = [
-    *_linear(_L + "mlp.gate_proj", "layers/mlp/gate"),
-    *_linear(_L + "mlp.up_proj", "layers/mlp/up"),
-    *_linear(_L + "mlp.down_proj", "layers/mlp/down"),
+    *linear_rows(_L + "mlp.gate_proj", "layers/mlp/gate"),
+    *linear_rows(_L + "mlp.up_proj", "layers/mlp/up"),
+    *linear_rows(_L + "mlp.down_proj", "layers/mlp/down"),
 ]
 _PRE_NORMS = [
-    *_norm(_L + "input_layernorm", "layers/attn_norm"),
-    *_norm(_L + "post_attention_layernorm", "layers/mlp_norm"),
+    *norm_rows(_L + "input_layernorm", "layers/attn_norm"),
+    *norm_rows(_L + "post_attention_layernorm", "layers/mlp_norm"),
 ]
 _SANDWICH_NORMS = [
-    *_norm(_L + "input_layernorm", "layers/attn_norm"),
-    *_norm(_L + "post_attention_layernorm", "layers/attn_post_norm"),
-    *_norm(_L + "pre_feedforward_layernorm", "layers/mlp_norm"),
-    *_norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"),
+    *norm_rows(_L + "input_layernorm", "layers/attn_norm"),
+    *norm_rows(_L + "post_attention_layernorm", "layers/attn_post_norm"),
+    *norm_rows(_L + "pre_feedforward_layernorm", "layers/mlp_norm"),
+    *norm_rows(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"),
 ]
 _LLAMA = [*_TOP, *_SPLIT_ATTENTION, *_SPLIT_MLP, *_PRE_NORMS]
 _GEMMA = [*_TOP, *_SPLIT_ATTENTION, *_SPLIT_MLP, *_SANDWICH_NORMS]
 _OLMO2 = [*_TOP, *_SPLIT_ATTENTION, *_SPLIT_MLP, *_SANDWICH_NORMS]
 _PHI3 = [
     *_TOP,
-    *_linear(_L + "self_attn.qkv_proj", "layers/attn/q", "layers/attn/k", "layers/attn/v"),
-    *_linear(_L + "self_attn.o_proj", "layers/attn/out"),
-    *_linear(_L + "mlp.gate_up_proj", "layers/mlp/gate", "layers/mlp/up"),
-    *_linear(_L + "mlp.down_proj", "layers/mlp/down"),
+    *linear_rows(_L + "self_attn.qkv_proj", "layers/attn/q", "layers/attn/k", "layers/attn/v"),
+    *linear_rows(_L + "self_attn.o_proj", "layers/attn/out"),
+    *linear_rows(_L + "mlp.gate_up_proj", "layers/mlp/gate", "layers/mlp/up"),
+    *linear_rows(_L + "mlp.down_proj", "layers/mlp/down"),
     *_PRE_NORMS,
 ]
 _H = "transformer.h.{i}."
 _GPT2 = [
     Row("transformer.wte.weight", ("embed/table",), "plain"),
     Row("transformer.wpe.weight", ("positions/table",), "plain"),
-    *_norm("transformer.ln_f", "final_norm"),
+    *norm_rows("transformer.ln_f", "final_norm"),
     Row("lm_head.weight", ("unembed/table",), "plain"),
-    *_norm(_H + "ln_1", "layers/attn_norm"),
-    *_norm(_H + "ln_2", "layers/mlp_norm"),
-    *_linear(_H + "attn.c_attn", "layers/attn/q", "layers/attn/k", "layers/attn/v", kind="conv1d"),
-    *_linear(_H + "attn.c_proj", "layers/attn/out", kind="conv1d"),
-    *_linear(_H + "mlp.c_fc", "layers/mlp/up", kind="conv1d"),
-    *_linear(_H + "mlp.c_proj", "layers/mlp/down", kind="conv1d"),
+    *norm_rows(_H + "ln_1", "layers/attn_norm"),
+    *norm_rows(_H + "ln_2", "layers/mlp_norm"),
+    *linear_rows(_H + "attn.c_attn", "layers/attn/q", "layers/attn/k", "layers/attn/v", kind="conv1d"),
+    *linear_rows(_H + "attn.c_proj", "layers/attn/out", kind="conv1d"),
+    *linear_rows(_H + "mlp.c_fc", "layers/mlp/up", kind="conv1d"),
+    *linear_rows(_H + "mlp.c_proj", "layers/mlp/down", kind="conv1d"),
 ]
 TABLE: dict[str, list[Row]] = {
     "llama": _LLAMA,

@@ -15,10 +15,12 @@ def attention_mask(
     k_segments: Int[Array, "B S"] | None,
     *,
     window: int | None = None,
+    causal: bool = True,
 ) -> Bool[Array, "B T S"]:
     """True where the key is at or before the query, of the same nonzero segment, and less than `window` tokens back.
 
-    Segments None: one segment, no padding. window w: a query sees itself and the w - 1 tokens before it.
+    Segments None: one segment, no padding. window w: a query sees itself and the w - 1 tokens before it. causal False:
+    the key may also come after the query, less than `window` tokens ahead.
 
     >>> p = jnp.arange(3)[None]
     >>> attention_mask(p, p, None, None, window=2).astype(int)[0]
@@ -27,9 +29,9 @@ def attention_mask(
            [0, 1, 1]], dtype=int32)
     """
     q, k = q_positions[:, :, None], k_positions[:, None, :]
-    mask = k <= q
+    mask = k <= q if causal else jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
     if window is not None:
-        mask &= q - k < window
+        mask &= jnp.abs(q - k) < window
     if q_segments is not None and k_segments is not None:
         mask &= (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
     return mask

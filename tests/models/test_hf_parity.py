@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from jaxlm.losses.lm import cross_entropy  # noqa: E402
-from jaxlm.models import decoder, hf, hf_names  # noqa: E402
+from jaxlm.models import decoder, hf, hf_files, hf_names  # noqa: E402
 from jaxlm.models.spec import flatten  # noqa: E402
 
 pytestmark = [
@@ -166,11 +166,11 @@ def test_greedy_generation_is_the_same(tmp_path):
 def test_sharded_and_bf16_files_both_ways(tmp_path):
     model = make("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert (tmp_path / "theirs" / hf.INDEX).is_file()
+    assert (tmp_path / "theirs" / hf_files.INDEX).is_file()
     cfg, params = hf.load(tmp_path / "theirs", dtype=None)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     hf.save(tmp_path / "back", params, cfg, max_shard_bytes=20_000)
-    assert len(json.loads((tmp_path / "back" / hf.INDEX).read_text())["weight_map"]) == len(model.state_dict())
+    assert len(json.loads((tmp_path / "back" / hf_files.INDEX).read_text())["weight_map"]) == len(model.state_dict())
     again = type(model).from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

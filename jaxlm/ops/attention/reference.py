@@ -21,11 +21,12 @@ def attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    causal: bool = True,
 ) -> Float[Array, "B T N H"]:
     """See `jaxlm.ops.attention.attention`."""
     weights = probabilities(
         q, k, q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments,
-        scale=scale, window=window, soft_cap=soft_cap,
+        scale=scale, window=window, soft_cap=soft_cap, causal=causal,
     )  # fmt: skip
     return weighted_sum(weights, v)
 
@@ -41,6 +42,7 @@ def probabilities(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    causal: bool = True,
 ) -> Float[Array, "B N T S"]:
     """The attention weights in float32; rows of queries that may see no key are 0."""
     batch, length, heads, head_dim = q.shape
@@ -48,7 +50,8 @@ def probabilities(
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    mask = attention_mask(q_positions, k_positions, q_segments, k_segments, window=window)[:, None, None]
+    mask = attention_mask(q_positions, k_positions, q_segments, k_segments, window=window, causal=causal)
+    mask = mask[:, None, None]
     logits = jnp.where(mask, logits, -jnp.inf)
     # A finite maximum keeps rows without any key at exp(-inf) = 0 instead of nan; it shifts, so it has no gradient.
     top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)

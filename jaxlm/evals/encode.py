@@ -1,0 +1,121 @@
+"""Sentence vectors of texts: a pretrained encoder, its pooling and its tokenizer as one object.
+
+vectors = Encoder.load("all-MiniLM-L6-v2").encode(["A cat sat.", "Ein Hund."])        # [2, 384]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxlm.data.tokenizer_hf import HFTokenizer
+from jaxlm.models import encoder, hf_encoder, pooling
+from jaxlm.models.encoder import EncoderConfig
+from jaxlm.typing import Array, Params
+
+Pooling = Literal["mean", "cls", "last"]
+POOLERS: dict[str, Callable[[Array, Array], Array]] = {
+    "mean": pooling.mean,
+    "cls": pooling.first,
+    "last": pooling.last,
+}
+# Lengths are rounded up to a multiple of this: a program is compiled for each, and padding is computed.
+LENGTH_STEP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """An encoder of sentences. max_tokens: longer texts are cut there. unit: vectors are scaled to length 1."""
+
+    cfg: EncoderConfig
+    params: Params
+    tokenizer: HFTokenizer
+    pooling: Pooling = "mean"
+    unit: bool = True
+    max_tokens: int = 512
+
+    @classmethod
+    def load(cls, folder: str | Path, *, pooling: Pooling | None = None) -> Encoder:
+        """Reads a Hugging Face or sentence-transformers folder.
+
+        pooling: None takes what the folder says (1_Pooling/config.json), or the mean where it says nothing. Raises
+        ValueError for a model, a pooling or a module that jaxlm does not compute.
+        """
+        folder = Path(folder)
+        cfg, params = hf_encoder.load(folder)
+        modules = [m["type"].rsplit(".", 1)[-1] for m in _json(folder / "modules.json", [])]
+        unknown = [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]
+        if unknown:
+            raise ValueError(f"{folder}/modules.json: {', '.join(unknown)} is not supported")
+        limit = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or cfg.max_length
+        return cls(
+            cfg, params, HFTokenizer(folder), pooling or _pooling(folder), unit="Normalize" in modules,
+            max_tokens=min(limit, cfg.max_length),
+        )  # fmt: skip
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32, show_progress: bool = False) -> np.ndarray:
+        """Vectors of the texts in their order, float32 [len(texts), D].
+
+        batch_size: rows a call; texts of like length share one, so a vector does not depend on its neighbours but for
+        rounding. An empty text has the vector of its special tokens.
+        """
+        bad = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+        if isinstance(texts, str) or bad is not None:
+            found = "one string" if bad is None else f"{type(texts[bad]).__name__} at {bad}"
+            raise ValueError(f"encode takes a sequence of strings, found {found}")
+        tokens = self.tokenizer.encode_sentences(texts, max_tokens=self.max_tokens)
+        vectors = np.zeros((len(texts), self.cfg.width), np.float32)
+        with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
+            for rows, ids, segments in _batches(tokens, batch_size, self.tokenizer.pad_id):
+                found_vectors = _vectors(self.params, ids, segments, cfg=self.cfg, pooling=self.pooling, unit=self.unit)
+                vectors[rows] = np.asarray(found_vectors)[: len(rows)]
+                bar.update(len(rows))
+        return vectors
+
+
+@partial(jax.jit, static_argnames=("cfg", "pooling", "unit"))
+def _vectors(params: Params, tokens: Array, segments: Array, *, cfg: EncoderConfig, pooling: str, unit: bool) -> Array:
+    hidden = encoder.forward(params, tokens, cfg=cfg, segments=segments).hidden
+    vectors = POOLERS[pooling](hidden, segments != 0).astype(jnp.float32)
+    if not unit:
+        return vectors
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _batches(tokens: list[np.ndarray], size: int, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(which texts, ids [size, T], segments [size, T]), the longest first: if memory ends, it does so at once."""
+    order = np.argsort([-len(t) for t in tokens], kind="stable")
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        length = -(-len(tokens[rows[0]]) // LENGTH_STEP) * LENGTH_STEP
+        ids, segments = np.full((size, length), pad_id, np.int32), np.zeros((size, length), np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(tokens[row])] = tokens[row]
+            segments[i, : len(tokens[row])] = 1
+        yield rows, ids, segments
+
+
+def _json(path: Path, absent: Any) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else absent
+
+
+def _pooling(folder: Path) -> Pooling:
+    config = _json(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
+    names: dict[str, Pooling] = {
+        "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",
+        "mean": "mean", "cls": "cls", "lasttoken": "last",
+    }  # fmt: skip
+    chosen = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
+    chosen = chosen or [config.get("pooling_mode", "none")]
+    if len(chosen) != 1 or chosen[0] not in names:
+        raise ValueError(f"{folder}/1_Pooling: expected one of mean, cls and last token, found {', '.join(chosen)}")
+    return names[chosen[0]]

