@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from jaxlm.cli import main
 from jaxlm.evals.encode import Encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
@@ -108,3 +109,38 @@ def test_a_single_string_and_other_things_are_refused(model):
         model.encode("text")
     with pytest.raises(ValueError, match="found NoneType at 1"):
         model.encode(["text", None])
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_the_command_writes_the_vectors_in_order(folder, model, tmp_path, ending):
+    texts = ["A cat sat.", "", "Ein Hund läuft."]
+    source, out = tmp_path / "texts.jsonl", tmp_path / f"vectors.{ending}"
+    source.write_text("".join(json.dumps({"s": text}) + "\n" for text in texts))
+    assert main(["encode", str(folder), "--texts", str(source), "--field", "s", "--out", str(out)]) == 0
+    if ending == "npy":
+        found = np.load(out)
+    else:
+        pyarrow = pytest.importorskip("pyarrow.parquet")
+        table = pyarrow.read_table(out)
+        assert table["text"].to_pylist() == texts
+        found = np.array(table["vector"].to_pylist(), np.float32)
+    np.testing.assert_allclose(found, model.encode(texts), atol=1e-6)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "out", "message"),
+    [
+        ('{"s": "a"}\n{"t": 1}\n', "v.npy", "texts.jsonl:2: expected a text in the field 's', found"),
+        ('{"s": "a"}\nno\n', "v.npy", "texts.jsonl:2: not JSON"),
+        ('{"s": "a"}\n', "v.csv", "expected a name that ends in .npy or .parquet"),
+        (None, "v.npy", "no such file"),
+    ],
+)
+def test_the_command_refuses_bad_input(tmp_path, capsys, texts, out, message):
+    source = tmp_path / "texts.jsonl"
+    if texts is not None:
+        source.write_text(texts)
+    assert main(["encode", "nowhere", "--texts", str(source), "--field", "s", "--out", str(tmp_path / out)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / out).exists()

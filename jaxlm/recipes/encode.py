@@ -1,0 +1,83 @@
+"""Examples:
+
+  jaxlm encode path/to/all-MiniLM-L6-v2 --texts sentences.txt --out vectors.npy
+  jaxlm encode path/to/model --texts rows.jsonl --field sentence --out vectors.parquet --batch-size 64
+
+MODEL is the folder of a Hugging Face or sentence-transformers encoder. --texts: a text a line, or jsonl with a field.
+The vectors are in the order of the texts: float32 [texts, width] as .npy, or Parquet with the columns text and vector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.recipes.runtime import Runtime, configure
+
+ENDINGS = (".npy", ".parquet")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `jaxlm encode`."""
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face or sentence-transformers folder")
+    parser.add_argument("--texts", metavar="FILE", required=True, help="a text a line, or .jsonl with --field")
+    parser.add_argument("--field", default="text", help="the field of a jsonl row (default: text)")
+    parser.add_argument("--out", metavar="FILE", required=True, help="vectors.npy or vectors.parquet")
+    parser.add_argument("--pooling", choices=("mean", "cls", "last"), help="in place of the folder's own")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts a call (default 32)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Encodes the texts and writes the vectors in one rename."""
+    out = Path(args.out)
+    if out.suffix not in ENDINGS:
+        raise ValueError(f"--out {out}: expected a name that ends in {' or '.join(ENDINGS)}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, found {args.batch_size}")
+    texts = list(read_texts(Path(args.texts), args.field))
+    configure(Runtime())
+    from jaxlm.evals.encode import Encoder
+
+    vectors = Encoder.load(args.model, pooling=args.pooling).encode(
+        texts, batch_size=args.batch_size, show_progress=True
+    )
+    part = out.with_name(out.name + ".part")
+    _write(part, out.suffix, texts, vectors)
+    part.replace(out)
+    print(f"{len(texts):,} vectors of width {vectors.shape[1]} in {out}", file=sys.stderr)
+    return 0
+
+
+def read_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file; ValueError naming file and line of a row that has none."""
+    if not path.is_file():
+        raise ValueError(f"--texts {path}: no such file")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if path.suffix not in (".jsonl", ".ndjson"):
+                yield line.rstrip("\n")
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ValueError(f"{path}:{number}: expected a text in the field {field!r}, found {line[:80]!r}")
+            yield row[field]
+
+
+def _write(path: Path, ending: str, texts: list[str], vectors: np.ndarray) -> None:
+    if ending == ".npy":
+        with path.open("wb") as file:
+            np.save(file, vectors)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "vector": column}), path)
