@@ -16,6 +16,7 @@ COMMANDS = {
     "show": ("jaxlm.recipes.show", "print the batches of a config as a person reads them"),
     "generate": ("jaxlm.recipes.generate", "continue prompts with a trained or imported model"),
     "encode": ("jaxlm.recipes.encode", "sentence vectors of texts with a pretrained encoder"),
+    "eval": ("jaxlm.recipes.eval", "evaluate a pretrained model from a config file"),
     "tokenizer": ("jaxlm.data.tokenizer_train", "train a sentencepiece tokenizer on any text source"),
     "convert": ("jaxlm.recipes.convert", "between Hugging Face folders and jaxlm runs, both ways"),
     "bench": ("jaxlm.bench.cli", "measure speed and memory on this machine"),

@@ -38,6 +38,10 @@ Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors [n, E], as `jaxlm.evals.encode.Encoder.encode`."""
 
 
+class MissingFiles(ValueError):
+    """The files of a task are not there; the message says where they can be had."""
+
+
 class Pairs(NamedTuple):
     """Scored pairs of texts. unrated: pairs without a score, left out."""
 
@@ -90,7 +94,8 @@ def _correlation(of: Callable[..., Any], cosine: np.ndarray, score: np.ndarray) 
 def read_semeval(folder: str | Path, task: str) -> tuple[Pairs, tuple[str, ...]]:
     """(pairs, missing subsets) of one of SemEval's tasks, all its subsets one after the other.
 
-    folder: holds 2012 … 2016. Raises ValueError if no file of the task is there, or a row is not score, text, text.
+    folder: holds 2012 … 2016. Raises MissingFiles if no file of the task is there, and ValueError
+    for a row that is not score, text, text.
     """
     if task not in SUBSETS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(SUBSETS)}")
@@ -98,7 +103,7 @@ def read_semeval(folder: str | Path, task: str) -> tuple[Pairs, tuple[str, ...]]
     files = {subset: year / f"{subset}.test.tsv" for subset in SUBSETS[task]}
     missing = tuple(subset for subset, file in files.items() if not file.is_file())
     if len(missing) == len(files):
-        raise ValueError(f"{task}: no file of {', '.join(missing)} in {year}; they can be had from {WHERE['sts']}")
+        raise MissingFiles(f"{task}: no file of {', '.join(missing)} in {year}; they can be had from {WHERE['sts']}")
     rows = [row for file in files.values() if file.is_file() for row in _rows(file, csv.QUOTE_NONE, "\t")]
     return _pairs([(score, first, second) for score, first, second in rows]), missing
 
@@ -120,7 +125,7 @@ def read_sick(path: str | Path) -> Pairs:
 
 def _existing(path: str | Path, kind: str) -> Path:
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there; it can be had from {WHERE[kind]}")
+        raise MissingFiles(f"{path} is not there; it can be had from {WHERE[kind]}")
     return Path(path)
 
 
