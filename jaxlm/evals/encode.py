@@ -56,7 +56,13 @@ class Encoder:
         unknown = [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]
         if unknown:
             raise ValueError(f"{folder}/modules.json: {', '.join(unknown)} is not supported")
-        limit = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or cfg.max_length
+        settings = _json(folder / "sentence_bert_config.json", {})
+        if settings.get("do_lower_case"):
+            raise ValueError(f"{folder}: do_lower_case is not supported yet (sentence_bert_config.json)")
+        prompt = _json(folder / "config_sentence_transformers.json", {}).get("default_prompt_name")
+        if prompt is not None:
+            raise ValueError(f"{folder}: the prompt {prompt!r} is put before every text: not supported yet")
+        limit = settings.get("max_seq_length") or cfg.max_length
         return cls(
             cfg, params, HFTokenizer(folder), pooling or _pooling(folder), unit="Normalize" in modules,
             max_tokens=min(limit, cfg.max_length),
@@ -72,6 +78,8 @@ class Encoder:
         if isinstance(texts, str) or bad is not None:
             found = "one string" if bad is None else f"{type(texts[bad]).__name__} at {bad}"
             raise ValueError(f"encode takes a sequence of strings, found {found}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         tokens = self.tokenizer.encode_sentences(texts, max_tokens=self.max_tokens)
         vectors = np.zeros((len(texts), self.cfg.width), np.float32)
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:

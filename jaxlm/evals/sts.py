@@ -66,6 +66,8 @@ class Result:
 
 def evaluate(task: str, pairs: Pairs, encode: Encode, *, missing: tuple[str, ...] = ()) -> Result:
     """The correlation of the cosines with the gold scores, and what TF-IDF reaches on the same pairs."""
+    if len(pairs.first) < 2:
+        raise ValueError(f"{task}: a correlation needs at least 2 pairs with a score, found {len(pairs.first)}")
     vectors = np.asarray(encode([*pairs.first, *pairs.second]), np.float64)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     cosine = np.sum(unit[: len(pairs.first)] * unit[len(pairs.first) :], axis=1)
@@ -94,8 +96,8 @@ def _correlation(of: Callable[..., Any], cosine: np.ndarray, score: np.ndarray) 
 def read_semeval(folder: str | Path, task: str) -> tuple[Pairs, tuple[str, ...]]:
     """(pairs, missing subsets) of one of SemEval's tasks, all its subsets one after the other.
 
-    folder: holds 2012 … 2016. Raises MissingFiles if no file of the task is there, and ValueError
-    for a row that is not score, text, text.
+    folder: holds 2012 … 2016. Raises MissingFiles if no file of the task is there, and ValueError naming file and row
+    for one that is not score, text, text.
     """
     if task not in SUBSETS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(SUBSETS)}")
@@ -104,23 +106,32 @@ def read_semeval(folder: str | Path, task: str) -> tuple[Pairs, tuple[str, ...]]
     missing = tuple(subset for subset, file in files.items() if not file.is_file())
     if len(missing) == len(files):
         raise MissingFiles(f"{task}: no file of {', '.join(missing)} in {year}; they can be had from {WHERE['sts']}")
-    rows = [row for file in files.values() if file.is_file() for row in _rows(file, csv.QUOTE_NONE, "\t")]
-    return _pairs([(score, first, second) for score, first, second in rows]), missing
+    found = [_pairs(file, _rows(file, csv.QUOTE_NONE, "\t")) for file in files.values() if file.is_file()]
+    joined = Pairs(
+        [text for pairs in found for text in pairs.first],
+        [text for pairs in found for text in pairs.second],
+        np.concatenate([pairs.score for pairs in found]),
+        sum(pairs.unrated for pairs in found),
+    )
+    return joined, missing
 
 
 def read_stsb(path: str | Path) -> Pairs:
     """The STS benchmark: a CSV of text, text, score without a header."""
-    return _pairs([(score, a, b) for a, b, score in _rows(_existing(path, "stsb"), csv.QUOTE_MINIMAL, ",")])
+    path = _existing(path, "stsb")
+    return _pairs(path, [[score, a, b] for a, b, score in _rows(path, csv.QUOTE_MINIMAL, ",")])
 
 
 def read_sick(path: str | Path) -> Pairs:
     """SICK-R: a TSV with the columns sentence_A, sentence_B and relatedness_score."""
-    with _existing(path, "sick").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    path = _existing(path, "sick")
     columns = ("relatedness_score", "sentence_A", "sentence_B")
-    if rows and not set(columns) <= rows[0].keys():
-        raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(map(str, rows[0]))}")
-    return _pairs([(row[columns[0]], row[columns[1]], row[columns[2]]) for row in rows])
+    header, *rows = _table(path, csv.QUOTE_NONE, "\t") or [[]]
+    if not set(columns) <= set(header):
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(header) or 'nothing'}")
+    _check_width(path, rows, len(header), first=2)
+    where = [header.index(column) for column in columns]
+    return _pairs(path, [[row[i] for i in where] for row in rows], first=2)
 
 
 def _existing(path: str | Path, kind: str) -> Path:
@@ -130,18 +141,35 @@ def _existing(path: str | Path, kind: str) -> Path:
 
 
 def _rows(path: Path, quoting: int, delimiter: str) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file, quoting=quoting, delimiter=delimiter))  # type: ignore[arg-type]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 3:
-            raise ValueError(f"{path}:{number}: expected three columns, found {len(row)}")
+    rows = _table(path, quoting, delimiter)
+    _check_width(path, rows, 3, first=1)
     return rows
 
 
-def _pairs(rows: list[tuple[str, str, str]]) -> Pairs:
-    rated = [row for row in rows if row[0].strip()]
-    scores = np.array([float(score) for score, *_ in rated])
-    return Pairs([a for _, a, _ in rated], [b for *_, b in rated], scores, len(rows) - len(rated))
+def _table(path: Path, quoting: int, delimiter: str) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            return list(csv.reader(file, quoting=quoting, delimiter=delimiter))  # type: ignore[arg-type]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: expected a table in UTF-8: {error}") from error
+
+
+def _check_width(path: Path, rows: list[list[str]], width: int, *, first: int) -> None:
+    for number, row in enumerate(rows, start=first):
+        if len(row) != width:
+            raise ValueError(f"{path}:{number}: expected {width} columns, found {len(row)}")
+
+
+def _pairs(path: Path, rows: list[list[str]], *, first: int = 1) -> Pairs:
+    """Rows of score, text, text."""
+    rated = [(number, row) for number, row in enumerate(rows, start=first) if row[0].strip()]
+    scores = np.zeros(len(rated))
+    for i, (number, row) in enumerate(rated):
+        try:
+            scores[i] = float(row[0])
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: expected a score, found {row[0]!r}") from error
+    return Pairs([row[1] for _, row in rated], [row[2] for _, row in rated], scores, len(rows) - len(rated))
 
 
 def table(results: Sequence[Result]) -> str:

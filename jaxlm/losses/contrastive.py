@@ -72,7 +72,7 @@ def info_nce(
 
     query: [B, E], key: [N, E], any lengths. temperature: positive; 0.05 is SimCSE's. positive: [B] the row of `key`
     that belongs to each query; by default row i, so that hard negatives follow as further rows. negative_mask: [B, N],
-    False drops a false negative from the sum (`same`, `guided`); the positive always counts.
+    False drops a false negative from the sum (`distinct`, `guided_negatives`); the positive always counts.
 
     Result: [B] nats, at least 0; log N where all keys are alike; 0 where no negative is left. Numerics: float32 or
     wider, products at full precision; a dropped key gets a zero gradient from that query.
@@ -152,17 +152,17 @@ def simcse(
     return _cross_entropy(s, temperature, None, negative_mask, bias)
 
 
-def same(query: Int[Array, "B"], key: Int[Array, "N"]) -> Bool[Array, "B N"]:
+def distinct(query: Int[Array, "B"], key: Int[Array, "N"]) -> Bool[Array, "B N"]:
     """A negative_mask by identity: False where query and key have one id (a duplicate, a concept, a document).
 
     >>> import jax.numpy as jnp
-    >>> same(jnp.array([7, 8]), jnp.array([7, 8, 7])).tolist()
+    >>> distinct(jnp.array([7, 8]), jnp.array([7, 8, 7])).tolist()
     [[False, True, False], [True, False, True]]
     """
     return query[:, None] != key[None, :]
 
 
-def guided(similarity: Float[Array, "B N"], positive: Float[Array, "B"], *, margin: float = 0.0,
+def guided_negatives(similarity: Float[Array, "B N"], positive: Float[Array, "B"], *, margin: float = 0.0,
            relative: bool = False) -> Bool[Array, "B N"]:  # fmt: skip
     """A negative_mask by a guide model: False where the guide finds a candidate closer than the positive.
 
@@ -172,7 +172,7 @@ def guided(similarity: Float[Array, "B N"], positive: Float[Array, "B"], *, marg
     margin: at least 0. Source: Solatorio 2024 (GISTEmbed), arXiv:2402.16829.
 
     >>> import jax.numpy as jnp
-    >>> guided(jnp.array([[0.8, 0.9, 0.7]]), jnp.array([0.8])).tolist()
+    >>> guided_negatives(jnp.array([[0.8, 0.9, 0.7]]), jnp.array([0.8])).tolist()
     [[True, False, True]]
     """
     check_number("margin", margin, "at least 0", lambda m: m >= 0, "0 drops what is closer than the positive")

@@ -60,10 +60,10 @@ def _attention_spec(cfg: DecoderConfig) -> Spec:
     d, n, k, h = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     out_axes, out_stddev = ("heads", "head_dim", "embed"), _residual_stddev(cfg)
     tree = {
-        "q": _linear_spec((d, n, h), ("embed", "heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
-        "k": _linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
-        "v": _linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
-        "out": _linear_spec((n, h, d), out_axes, bias_dims=int(cfg.attention_out_bias), stddev=out_stddev),
+        "q": linear_spec((d, n, h), ("embed", "heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
+        "k": linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
+        "v": linear_spec((d, k, h), ("embed", "kv_heads", "head_dim"), bias_dims=2 * cfg.qkv_bias),
+        "out": linear_spec((n, h, d), out_axes, bias_dims=int(cfg.attention_out_bias), stddev=out_stddev),
     }
     if cfg.qk_norm is not None:
         tree["q_norm"] = _scale_spec(cfg, h if cfg.qk_norm == "head" else n * h)
@@ -74,8 +74,8 @@ def _attention_spec(cfg: DecoderConfig) -> Spec:
 def _mlp_spec(cfg: DecoderConfig) -> Spec:
     d, f, bias_dims = cfg.width, cfg.mlp_width, int(cfg.mlp_bias)
     inward = ("gate", "up") if cfg.mlp_gated else ("up",)
-    tree = {name: _linear_spec((d, f), ("embed", "mlp"), bias_dims=bias_dims) for name in inward}
-    down = _linear_spec((f, d), ("mlp", "embed"), bias_dims=bias_dims, stddev=_residual_stddev(cfg))
+    tree = {name: linear_spec((d, f), ("embed", "mlp"), bias_dims=bias_dims) for name in inward}
+    down = linear_spec((f, d), ("mlp", "embed"), bias_dims=bias_dims, stddev=_residual_stddev(cfg))
     return tree | {"down": down}
 
 
@@ -83,7 +83,7 @@ def _residual_stddev(cfg: DecoderConfig) -> float:
     return INIT_STDDEV / (2 * cfg.num_layers) ** 0.5
 
 
-def _linear_spec(
+def linear_spec(
     shape: Sequence[int], axes: Sequence[str], *, bias_dims: int, stddev: float = INIT_STDDEV
 ) -> dict[str, Param]:
     """A kernel and a bias over its last `bias_dims` dimensions (0: no bias)."""

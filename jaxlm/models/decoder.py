@@ -115,7 +115,7 @@ def forward(
         k_positions=k_positions,
         segments=segments,
         cache_length=None if cache is None else cache.length,
-        keys=_row_keys(key, shape[0]) if cfg.dropout else None,
+        keys=row_keys(key, shape[0]) if cfg.dropout else None,
         collect=frozenset(collect),
         constrain=constrain,
     )
@@ -189,7 +189,8 @@ def _positions(
     return positions, positions
 
 
-def _row_keys(key: Array | None, rows: int) -> Array | None:
+def row_keys(key: Array | None, rows: int) -> Array | None:
+    """One dropout key per row, from one of each or one for all; ValueError for anything else."""
     if key is None:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (rows,)):

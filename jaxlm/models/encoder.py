@@ -14,8 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models import layers
-from jaxlm.models.block import ATTENTION_OUT_SITE, ATTENTION_SITE, INIT_STDDEV, MLP_SITE, NUM_SITES, STREAM
-from jaxlm.models.decoder import identity
+from jaxlm.models.block import (
+    ATTENTION_OUT_SITE,
+    ATTENTION_SITE,
+    INIT_STDDEV,
+    MLP_SITE,
+    NUM_SITES,
+    STREAM,
+    linear_spec,
+)
+from jaxlm.models.decoder import identity, row_keys
 from jaxlm.models.spec import Param, Spec, normal, ones, stack, zeros
 from jaxlm.ops.attention import reference
 from jaxlm.ops.masks import segment_positions
@@ -77,7 +85,7 @@ def spec(cfg: EncoderConfig) -> Spec:
     if cfg.num_token_types:
         tree["token_types"] = _table(cfg.num_token_types, cfg.width, None)
     if cfg.head:
-        tree["head"] = _linear((cfg.width, cfg.width), ("embed", None), 1)
+        tree["head"] = linear_spec((cfg.width, cfg.width), ("embed", None), bias_dims=1)
     return tree
 
 
@@ -92,22 +100,16 @@ def _norm(width: int) -> Spec:
     }
 
 
-def _linear(shape: tuple[int, ...], axes: tuple[str | None, ...], bias_dims: int) -> Spec:
-    # A bias over the width is small and added everywhere: it is never sharded.
-    bias_axes = tuple(None if axis == "embed" else axis for axis in axes[-bias_dims:])
-    return {
-        "kernel": Param(shape, axes, normal(INIT_STDDEV)),
-        "bias": Param(shape[-bias_dims:], bias_axes, zeros, decay=False),
-    }
-
-
 def _block_spec(cfg: EncoderConfig) -> Spec:
     d, n, h, f = cfg.width, cfg.num_heads, cfg.head_dim, cfg.mlp_width
-    inward = {name: _linear((d, n, h), ("embed", "heads", "head_dim"), 2) for name in ("q", "k", "v")}
+    inward = {name: linear_spec((d, n, h), ("embed", "heads", "head_dim"), bias_dims=2) for name in ("q", "k", "v")}
     return {
-        "attn": inward | {"out": _linear((n, h, d), ("heads", "head_dim", "embed"), 1)},
+        "attn": inward | {"out": linear_spec((n, h, d), ("heads", "head_dim", "embed"), bias_dims=1)},
         "attn_norm": _norm(d),
-        "mlp": {"up": _linear((d, f), ("embed", "mlp"), 1), "down": _linear((f, d), ("mlp", "embed"), 1)},
+        "mlp": {
+            "up": linear_spec((d, f), ("embed", "mlp"), bias_dims=1),
+            "down": linear_spec((f, d), ("mlp", "embed"), bias_dims=1),
+        },
         "mlp_norm": _norm(d),
     }
 
@@ -135,9 +137,7 @@ def forward(
     _check(tokens, segments, token_types, cfg)
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     positions = index if segments is None else segment_positions(segments)
-    keys = None
-    if key is not None and cfg.dropout:
-        keys = jax.random.split(key, tokens.shape[0]) if key.ndim == 0 else key
+    keys = row_keys(key, tokens.shape[0]) if cfg.dropout else None
     x = constrain(_embed(params, tokens, positions, token_types, cfg=cfg, keys=keys), STREAM)
     where: dict[str, Any] = dict(
         q_positions=positions, k_positions=positions, q_segments=segments, k_segments=segments,

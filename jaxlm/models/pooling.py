@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxlm.models import layers
+from jaxlm.ops.masked import masked_mean
 from jaxlm.typing import Array, Bool, Float, Params
 
 
@@ -23,9 +24,7 @@ def mean(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array
     >>> mean(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])).tolist()
     [[2.0]]
     """
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    total = jnp.sum(jnp.where(mask[..., None], hidden, 0), axis=1)
-    return total / jnp.maximum(jnp.sum(mask, axis=1, dtype=total.dtype), 1)[:, None]
+    return masked_mean(hidden, mask[..., None], axis=1)
 
 
 def first(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B D"]:

@@ -27,6 +27,10 @@ def attention_mask(
     Array([[1, 0, 0],
            [1, 1, 0],
            [0, 1, 1]], dtype=int32)
+    >>> attention_mask(p, p, None, None, window=2, causal=False).astype(int)[0]
+    Array([[1, 1, 0],
+           [1, 1, 1],
+           [0, 1, 1]], dtype=int32)
     """
     q, k = q_positions[:, :, None], k_positions[:, None, :]
     mask = k <= q if causal else jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))

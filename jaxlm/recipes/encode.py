@@ -3,30 +3,36 @@
   jaxlm encode path/to/all-MiniLM-L6-v2 --texts sentences.txt --out vectors.npy
   jaxlm encode path/to/model --texts rows.jsonl --field sentence --out vectors.parquet --batch-size 64
 
-MODEL is the folder of a Hugging Face or sentence-transformers encoder. --texts: a text a line, or jsonl with a field.
-The vectors are in the order of the texts: float32 [texts, width] as .npy, or Parquet with the columns text and vector.
+MODEL is the folder of a Hugging Face or sentence-transformers encoder. --texts: a text a line, or jsonl or Parquet with
+a field; .gz, .bz2 and .zst are read too. The vectors are in the order of the texts: float32 [texts, width] as .npy, or
+Parquet with the columns text and vector.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from jaxlm.data.encode import text_of
+from jaxlm.data.sources import SourceConfig, files, open_source
 from jaxlm.recipes.runtime import Runtime, configure
 
 ENDINGS = (".npy", ".parquet")
+ROWS: dict[Literal["jsonl", "parquet"], tuple[str, ...]] = {"jsonl": files.JSONL_SUFFIXES, "parquet": (".parquet",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm encode`."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face or sentence-transformers folder")
-    parser.add_argument("--texts", metavar="FILE", required=True, help="a text a line, or .jsonl with --field")
-    parser.add_argument("--field", default="text", help="the field of a jsonl row (default: text)")
+    parser.add_argument(
+        "--texts", metavar="FILE", required=True, help="a text a line, or jsonl or Parquet with --field"
+    )
+    parser.add_argument("--field", default="text", help="the field of a row (default: text)")
     parser.add_argument("--out", metavar="FILE", required=True, help="vectors.npy or vectors.parquet")
     parser.add_argument("--pooling", choices=("mean", "cls", "last"), help="in place of the folder's own")
     parser.add_argument("--batch-size", type=int, default=32, help="texts a call (default 32)")
@@ -37,8 +43,6 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: expected a name that ends in {' or '.join(ENDINGS)}")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, found {args.batch_size}")
     texts = list(read_texts(Path(args.texts), args.field))
     configure(Runtime())
     from jaxlm.evals.encode import Encoder
@@ -54,21 +58,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:
-    """The texts of a file; ValueError naming file and line of a row that has none."""
+    """The texts of a file; ValueError naming file and row of one that is not text or not UTF-8."""
     if not path.is_file():
         raise ValueError(f"--texts {path}: no such file")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if path.suffix not in (".jsonl", ".ndjson"):
-                yield line.rstrip("\n")
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{path}:{number}: expected a text in the field {field!r}, found {line[:80]!r}")
-            yield row[field]
+    for kind, suffixes in ROWS.items():
+        if files.stem(path).endswith(suffixes):
+            source = open_source(SourceConfig(kind, path=str(path)))
+            yield from (text_of(source[i], source.origin(i), field=field, empty=True) for i in range(len(source)))
+            return
+    for number, line in enumerate(files.read_bytes(path).splitlines(), 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected UTF-8, found {line[:40]!r}") from error
 
 
 def _write(path: Path, ending: str, texts: list[str], vectors: np.ndarray) -> None:

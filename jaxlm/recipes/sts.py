@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,10 +52,7 @@ def run(cfg: Config) -> list[sts.Result]:
     if cfg.sts is None and cfg.stsb is None and cfg.sick is None:
         raise ValueError("config: name at least one of sts (a folder), stsb and sick (files)")
     model = Encoder.load(cfg.model)
-
-    def encode(texts: object) -> object:
-        return model.encode(texts, batch_size=cfg.batch_size, show_progress=True)  # type: ignore[arg-type]
-
+    encode = partial(model.encode, batch_size=cfg.batch_size, show_progress=True)
     results, absent = [], []
     for task, read in tasks(cfg):
         try:
@@ -63,7 +61,7 @@ def run(cfg: Config) -> list[sts.Result]:
             absent.append(str(error))
             continue
         say(f"{task}: {len(pairs.first):,} pairs" + (f", {pairs.unrated:,} without a score" if pairs.unrated else ""))
-        results.append(sts.evaluate(task, pairs, encode, missing=missing))  # type: ignore[arg-type]
+        results.append(sts.evaluate(task, pairs, encode, missing=missing))
     if not results:
         raise ValueError("no task could be evaluated:\n  " + "\n  ".join(absent))
     folder = Path(cfg.run_dir)
@@ -80,8 +78,11 @@ def tasks(cfg: Config) -> Iterator[tuple[str, Read]]:
     """Name and reader of every task that the config names."""
     if cfg.sts is not None:
         for task in sts.SUBSETS:
-            yield task, lambda task=task: sts.read_semeval(cfg.sts, task)  # type: ignore[misc]
-    if cfg.stsb is not None:
-        yield "STS-B", lambda: (sts.read_stsb(cfg.stsb), ())  # type: ignore[arg-type]
-    if cfg.sick is not None:
-        yield "SICK-R", lambda: (sts.read_sick(cfg.sick), ())  # type: ignore[arg-type]
+            yield task, partial(sts.read_semeval, cfg.sts, task)
+    for task, path, read in (("STS-B", cfg.stsb, sts.read_stsb), ("SICK-R", cfg.sick, sts.read_sick)):
+        if path is not None:
+            yield task, partial(_whole, read, path)
+
+
+def _whole(read: Callable[[str], sts.Pairs], path: str) -> tuple[sts.Pairs, tuple[str, ...]]:
+    return read(path), ()

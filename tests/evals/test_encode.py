@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import json
 import shutil
@@ -14,6 +15,7 @@ from scipy.stats import spearmanr
 
 from jaxlm.cli import main
 from jaxlm.evals.encode import Encoder
+from jaxlm.recipes.encode import read_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
 
@@ -95,6 +97,8 @@ def test_the_spearman_of_stsb_dev_is_that_of_sentence_transformers(model, theirs
             "one of mean, cls and last token, found pooling_mode",
         ),
         ("config.json", {"model_type": "t5"}, "'t5' is no encoder"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case is not supported"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "the prompt 'query' is put before"),
     ],
 )
 def test_what_cannot_be_loaded(folder, tmp_path, file, content, message):
@@ -107,6 +111,8 @@ def test_what_cannot_be_loaded(folder, tmp_path, file, content, message):
 def test_a_single_string_and_other_things_are_refused(model):
     with pytest.raises(ValueError, match="a sequence of strings, found one string"):
         model.encode("text")
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+        model.encode(["text"], batch_size=0)
     with pytest.raises(ValueError, match="found NoneType at 1"):
         model.encode(["text", None])
 
@@ -129,18 +135,29 @@ def test_the_command_writes_the_vectors_in_order(folder, model, tmp_path, ending
 
 
 @pytest.mark.parametrize(
-    ("texts", "out", "message"),
+    ("content", "name", "out", "message"),
     [
-        ('{"s": "a"}\n{"t": 1}\n', "v.npy", "texts.jsonl:2: expected a text in the field 's', found"),
-        ('{"s": "a"}\nno\n', "v.npy", "texts.jsonl:2: not JSON"),
-        ('{"s": "a"}\n', "v.csv", "expected a name that ends in .npy or .parquet"),
-        (None, "v.npy", "no such file"),
+        (b'{"s": "a"}\n{"t": 1}\n', "texts.jsonl", "v.npy", "texts.jsonl:2: missing field: expected 's', found 't'"),
+        (b'{"s": "a"}\n{"s": 1}\n', "texts.jsonl", "v.npy", "texts.jsonl:2: wrong type: expected 's' to be text, found int"),
+        (b'{"s": "a"}\nno\n', "texts.jsonl", "v.npy", "texts.jsonl:2"),
+        (b"a\n\xff\n", "texts.txt", "v.npy", "texts.txt:2: expected UTF-8, found b'\\xff'"),
+        (b'{"s": "a"}\n', "texts.jsonl", "v.csv", "expected a name that ends in .npy or .parquet"),
+        (None, "texts.jsonl", "v.npy", "no such file"),
     ],
 )
-def test_the_command_refuses_bad_input(tmp_path, capsys, texts, out, message):
-    source = tmp_path / "texts.jsonl"
-    if texts is not None:
-        source.write_text(texts)
+def test_the_command_refuses_bad_input(tmp_path, capsys, content, name, out, message):
+    source = tmp_path / name
+    if content is not None:
+        source.write_bytes(content)
     assert main(["encode", "nowhere", "--texts", str(source), "--field", "s", "--out", str(tmp_path / out)]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / out).exists()
+
+
+def test_texts_are_read_from_any_usual_file(tmp_path):
+    texts = ["a cat", "", "naïve 東京"]
+    lines, rows = "".join(t + "\n" for t in texts), "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    for name, content in (("a.txt", lines.encode()), ("a.txt.gz", gzip.compress(lines.encode())),
+                          ("a.jsonl", rows.encode()), ("a.jsonl.gz", gzip.compress(rows.encode()))):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        assert list(read_texts(tmp_path / name, "text")) == texts

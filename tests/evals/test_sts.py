@@ -95,5 +95,28 @@ def test_missing_files_are_named_with_where_to_get_them(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'STS17': expected one of STS12"):
         sts.read_semeval(tmp_path, "STS17")
     folder = write_task(tmp_path, OnWN=[("5", "a")])
-    with pytest.raises(ValueError, match="OnWN.test.tsv:1: expected three columns, found 2"):
+    with pytest.raises(ValueError, match="OnWN.test.tsv:1: expected 3 columns, found 2"):
         sts.read_semeval(folder, "STS13")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"5\ta\tb\nfive\ta\tb\n", "OnWN.test.tsv:2: expected a score, found 'five'"),
+        (b"5\ta\t\xff\n", "OnWN.test.tsv: expected a table in UTF-8"),
+    ],
+)
+def test_bad_rows_name_their_file(tmp_path, content, message):
+    folder = write_task(tmp_path)
+    (folder / "2013" / "OnWN.test.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        sts.read_semeval(folder, "STS13")
+
+
+def test_a_short_row_of_sick_and_too_few_pairs_are_refused(tmp_path):
+    path = tmp_path / "sick.txt"
+    path.write_text("pair_ID\tsentence_A\tsentence_B\trelatedness_score\n1\ta\tb\n")
+    with pytest.raises(ValueError, match="sick.txt:2: expected 4 columns, found 3"):
+        sts.read_sick(path)
+    with pytest.raises(ValueError, match="STS13: a correlation needs at least 2 pairs with a score, found 1"):
+        sts.evaluate("STS13", sts.Pairs(["a"], ["b"], np.ones(1)), letters)

@@ -47,7 +47,7 @@ def test_a_masked_duplicate_changes_nothing():
     ids = jnp.asarray([*range(B), 0])
 
     def loss(query, key, ids):
-        return losses.info_nce(query, key, temperature=0.1, negative_mask=losses.same(ids, ids))
+        return losses.info_nce(query, key, temperature=0.1, negative_mask=losses.distinct(ids, ids))
 
     np.testing.assert_allclose(loss(*twice, ids)[0], losses.info_nce(query, key, temperature=0.1)[0], rtol=1e-6)
     grad = jax.grad(lambda key: loss(twice[0], key, ids)[0])(twice[1])
@@ -139,7 +139,7 @@ def test_equal_scores_are_not_compared():
         (lambda x: losses.cosent(x, x, jnp.ones((8, 1))), "of one shape"),
         (lambda x: losses.matryoshka(losses.info_nce, dims=()), "a weight for each"),
         (lambda x: losses.matryoshka(losses.info_nce, dims=(9,))(x, x, temperature=1.0), "at least 9"),
-        (lambda x: losses.guided(jnp.ones((8, 8)), jnp.ones(8), margin=-1.0), "margin at least 0"),
+        (lambda x: losses.guided_negatives(jnp.ones((8, 8)), jnp.ones(8), margin=-1.0), "margin at least 0"),
     ],
 )
 def test_what_is_refused(call, message):

@@ -129,7 +129,7 @@ def test_guided_masks_are_those_of_gist(margin, relative):
         {"sentence_embedding": torch.tensor(x), "guide": torch.tensor(g)} for x, g in ((a, guide_a), (p, guide_p))
     ]
     own = losses.cosine(jnp.asarray(guide_a), jnp.asarray(guide_p))
-    mask = losses.guided(
+    mask = losses.guided_negatives(
         losses.cosines(jnp.asarray(guide_a), jnp.asarray(guide_p)), own, margin=margin, relative=relative
     )
     found = losses.info_nce(jnp.asarray(a), jnp.asarray(p), temperature=TEMPERATURE, negative_mask=mask)

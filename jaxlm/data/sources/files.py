@@ -45,14 +45,15 @@ def _find(here: Path, suffixes: tuple[str, ...]) -> list[File]:
     if here.is_file():
         return [File(here, here.name)]
     if here.is_dir():
-        root, paths = here, [p for p in here.rglob("*") if _stem(p).endswith(suffixes)]
+        root, paths = here, [p for p in here.rglob("*") if stem(p).endswith(suffixes)]
     else:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), here.parts))
         paths = [] if root == here else list(root.glob(here.relative_to(root).as_posix()))
     return [File(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
+    """The file's name without the suffix of its compression."""
     return path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
 
 

@@ -21,12 +21,11 @@ def attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    causal: bool = True,
 ) -> Float[Array, "B T N H"]:
     """See `jaxlm.ops.attention.attention`."""
     weights = probabilities(
         q, k, q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments,
-        scale=scale, window=window, soft_cap=soft_cap, causal=causal,
+        scale=scale, window=window, soft_cap=soft_cap,
     )  # fmt: skip
     return weighted_sum(weights, v)
 
