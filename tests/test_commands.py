@@ -54,7 +54,7 @@ def test_a_finished_run_says_so_and_a_longer_one_resumes(run_dir, capsys):
     assert "resum" in (second := capsys.readouterr()).out.lower() + second.err.lower()
     assert max(line["step"] for line in lines(run_dir)) == 8
     assert main([*command, "--config.train.num_steps=8", "--config.optim.learning_rate=0.5"]) == 1
-    assert "optim.learning_rate: 0.004 -> 0.5" in capsys.readouterr().err
+    assert "optim.learning_rate: 0.008 -> 0.5" in capsys.readouterr().err
 
 
 def test_generate_streams_and_writes(run_dir, tmp_path, capsys):
