@@ -138,7 +138,12 @@ def test_the_command_writes_the_vectors_in_order(folder, model, tmp_path, ending
     ("content", "name", "out", "message"),
     [
         (b'{"s": "a"}\n{"t": 1}\n', "texts.jsonl", "v.npy", "texts.jsonl:2: missing field: expected 's', found 't'"),
-        (b'{"s": "a"}\n{"s": 1}\n', "texts.jsonl", "v.npy", "texts.jsonl:2: wrong type: expected 's' to be text, found int"),
+        (
+            b'{"s": "a"}\n{"s": 1}\n',
+            "texts.jsonl",
+            "v.npy",
+            "texts.jsonl:2: wrong type: expected 's' to be text, found int",
+        ),
         (b'{"s": "a"}\nno\n', "texts.jsonl", "v.npy", "texts.jsonl:2"),
         (b"a\n\xff\n", "texts.txt", "v.npy", "texts.txt:2: expected UTF-8, found b'\\xff'"),
         (b'{"s": "a"}\n', "texts.jsonl", "v.csv", "expected a name that ends in .npy or .parquet"),
