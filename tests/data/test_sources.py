@@ -201,7 +201,7 @@ def test_version_follows_the_content(write, tmp_path):
         (dict(kind="jsonl"), "needs a path"),
         (dict(kind="jsonl", path="/nowhere/*.jsonl"), r"no files at '/nowhere/\*\.jsonl'"),
         (dict(kind="jsonl", path="/nowhere/a.jsonl"), "no files at '/nowhere/a.jsonl'"),
-        (dict(kind="csv"), "expected one of text, stdlib, jsonl"),
+        (dict(kind="xml"), "expected one of text, lines, stdlib, jsonl"),
         (dict(kind="stdlib", path="x"), "takes no path"),
         (dict(kind="stdlib", rows=({},)), "rows are for the kind 'memory'"),
         (dict(kind="memory"), "none of its 0 rows"),

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from jaxlm.data.sources import files, memory, records, stdlib, text
+from jaxlm.data.sources import files, memory, records, stdlib, tables, text
 
 
 class Source(Protocol):
@@ -32,9 +32,10 @@ class Source(Protocol):
 class SourceConfig:
     """Where rows come from and how they are read.
 
-    kind: text (one document per file), stdlib (the Python standard library's own sources), jsonl (also .gz, .bz2,
-    .zst), parquet, arrayrecord, tfds (a prepared data set, read without TensorFlow), memory (`rows`). path: a file, a
-    folder or a glob, or several; for tfds the data set's folder. split: the TFDS split. A row is a conversation if it
+    kind: text (one document per file), lines (one per line), stdlib (the Python standard library's own sources), jsonl,
+    csv and tsv (a header, or `columns`), parquet, arrayrecord, tfds (a prepared data set, read without TensorFlow),
+    memory (`rows`); the first of them also compressed (.gz, .bz2, .zst). path: a file, a folder or a glob, or several;
+    for tfds the data set's folder. split: the TFDS split. A row is a conversation if it
     has messages_field, an example if it has prompt_field and completion_field, and plain text in text_field otherwise.
     chosen_field, rejected_field, label_field, reply_marker: of preferences, see `jaxlm.data.preference`. part: of the
     rows, "train" keeps those outside the held-out share, "heldout" those inside, and "test" a share of its own
@@ -47,9 +48,10 @@ class SourceConfig:
     'all'
     """
 
-    kind: Literal["text", "stdlib", "jsonl", "parquet", "arrayrecord", "tfds", "memory"]
+    kind: Literal["text", "lines", "stdlib", "jsonl", "csv", "tsv", "parquet", "arrayrecord", "tfds", "memory"]
     path: str | tuple[str, ...] | None = None
     split: str = "train"
+    columns: tuple[str, ...] = ()
     text_field: str = "text"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
@@ -71,6 +73,8 @@ class SourceConfig:
             raise ValueError(f"source kind {self.kind!r}: expected one of {', '.join(OPENERS)}")
         if self.path and self.kind in ("stdlib", "memory"):
             raise ValueError(f"a source of kind {self.kind!r} takes no path, found {self.path!r}")
+        if self.columns and self.kind not in ("csv", "tsv"):
+            raise ValueError(f"columns name the fields of csv and tsv files, found kind {self.kind!r}")
         if self.rows and self.kind != "memory":
             raise ValueError(f"rows are for the kind 'memory', found kind {self.kind!r}")
         if not 0 < self.heldout_share < 1:
@@ -86,8 +90,11 @@ class SourceConfig:
 
 OPENERS: dict[str, Callable[[SourceConfig], Source]] = {
     "text": lambda c: text.TextFiles(files.find(c.path, files.TEXT_SUFFIXES), text_field=c.text_field),
+    "lines": lambda c: text.Lines(files.find(c.path, files.TEXT_SUFFIXES), text_field=c.text_field),
     "stdlib": lambda c: text.TextFiles(stdlib.files(), text_field=c.text_field),
     "jsonl": lambda c: text.JsonLines(files.find(c.path, files.JSONL_SUFFIXES)),
+    "csv": lambda c: tables.Tables(files.find(c.path, (".csv",)), dialect="csv", columns=c.columns),
+    "tsv": lambda c: tables.Tables(files.find(c.path, (".tsv",)), dialect="tsv", columns=c.columns),
     "parquet": lambda c: records.Parquet(files.find(c.path, (".parquet",))),
     "arrayrecord": lambda c: records.ArrayRecords(
         files.find(c.path, (".array_record", ".arrayrecord")), text_field=c.text_field

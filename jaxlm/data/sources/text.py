@@ -1,4 +1,4 @@
-"""Text files, one document each, and JSON lines; plain or compressed."""
+"""Text files of one document each, lines of text, and JSON lines; plain or compressed."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class TextFiles:
         return version(f.path for f in self.files)
 
 
-class JsonLines:
-    """One JSON object per line, blank lines left out.
+class Lines:
+    """One text per line, as {text_field: the line}, blank lines left out.
 
     A file's lines are indexed once. Plain files are mapped and read by offset; of the compressed ones, the last used
     are held decompressed, so read these in order.
     """
 
-    def __init__(self, files: Sequence[File]):
-        self.files = list(files)
+    def __init__(self, files: Sequence[File], *, text_field: str = "text"):
+        self.files, self.text_field = list(files), text_field
         self._content = functools.lru_cache(maxsize=2)(_content)
         self._lines = [_index(self._content(f.path)) for f in self.files]
         self._ends = np.cumsum([len(lines) for lines in self._lines], dtype=np.int64)
@@ -57,9 +57,12 @@ class JsonLines:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        return {self.text_field: self._line(i)}
+
+    def _line(self, i: int) -> str:
         file, row = locate(self._ends, i)
         start, stop, _ = self._lines[file][row]
-        return parse_object(decode(self._content(self.files[file].path)[start:stop], self.origin(i)), self.origin(i))
+        return decode(self._content(self.files[file].path)[start:stop], self.origin(i)).removesuffix("\r")
 
     def origin(self, i: int) -> str:
         """file:line, lines from 1."""
@@ -74,6 +77,13 @@ class JsonLines:
     def version(self) -> str:
         """Changes when a file does."""
         return version(f.path for f in self.files)
+
+
+class JsonLines(Lines):
+    """One JSON object per line, blank lines left out."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return parse_object(self._line(i), self.origin(i))
 
 
 def _content(path: Path) -> bytes | mmap.mmap:
