@@ -6,11 +6,9 @@ vectors = Encoder.load("all-MiniLM-L6-v2").encode(["A cat sat.", "Ein Hund."])  
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlm.data.tokenizer_hf import HFTokenizer
+from jaxlm.evals import encoder_folder
+from jaxlm.evals.encoder_folder import Pooling
 from jaxlm.models import encoder, hf_encoder, pooling
 from jaxlm.models.encoder import EncoderConfig
 from jaxlm.typing import Array, Params
 
-Pooling = Literal["mean", "cls", "last"]
 POOLERS: dict[str, Callable[[Array, Array], Array]] = {
     "mean": pooling.mean,
     "cls": pooling.first,
@@ -52,21 +51,19 @@ class Encoder:
         """
         folder = Path(folder)
         cfg, params = hf_encoder.load(folder)
-        modules = [m["type"].rsplit(".", 1)[-1] for m in _json(folder / "modules.json", [])]
-        unknown = [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]
-        if unknown:
-            raise ValueError(f"{folder}/modules.json: {', '.join(unknown)} is not supported")
-        settings = _json(folder / "sentence_bert_config.json", {})
-        if settings.get("do_lower_case"):
-            raise ValueError(f"{folder}: do_lower_case is not supported yet (sentence_bert_config.json)")
-        prompt = _json(folder / "config_sentence_transformers.json", {}).get("default_prompt_name")
-        if prompt is not None:
-            raise ValueError(f"{folder}: the prompt {prompt!r} is put before every text: not supported yet")
-        limit = settings.get("max_seq_length") or cfg.max_length
-        return cls(
-            cfg, params, HFTokenizer(folder), pooling or _pooling(folder), unit="Normalize" in modules,
-            max_tokens=min(limit, cfg.max_length),
-        )  # fmt: skip
+        found = encoder_folder.read(folder, pooling=pooling)
+        limit = min(found.max_tokens or cfg.max_length, cfg.max_length)
+        return cls(cfg, params, HFTokenizer(folder), found.pooling, unit=found.unit, max_tokens=limit)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load`, sentence-transformers and transformers read, whole or not at all.
+
+        The vectors are the same there; parameters are stored in the dtype that they have. Raises ValueError if the
+        folder exists.
+        """
+        settings = encoder_folder.Settings(self.pooling, self.unit, self.max_tokens)
+        beside = encoder_folder.Beside(self.tokenizer, settings, self.cfg.width)
+        hf_encoder.save(folder, self.params, self.cfg, tokenizer=beside)
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 32, show_progress: bool = False) -> np.ndarray:
         """Vectors of the texts in their order, float32 [len(texts), D].
@@ -110,20 +107,3 @@ def _batches(tokens: list[np.ndarray], size: int, pad_id: int) -> Iterator[tuple
             ids[i, : len(tokens[row])] = tokens[row]
             segments[i, : len(tokens[row])] = 1
         yield rows, ids, segments
-
-
-def _json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else absent
-
-
-def _pooling(folder: Path) -> Pooling:
-    config = _json(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
-    names: dict[str, Pooling] = {
-        "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",
-        "mean": "mean", "cls": "cls", "lasttoken": "last",
-    }  # fmt: skip
-    chosen = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
-    chosen = chosen or [config.get("pooling_mode", "none")]
-    if len(chosen) != 1 or chosen[0] not in names:
-        raise ValueError(f"{folder}/1_Pooling: expected one of mean, cls and last token, found {', '.join(chosen)}")
-    return names[chosen[0]]
