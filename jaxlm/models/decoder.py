@@ -1,7 +1,6 @@
 """A decoder-only transformer as three functions: `spec` (its parameters), `forward` (hidden states), `head`.
 
-The blocks are stacked on axis 0 of every parameter under `layers` and scanned, one period of the layer pattern at a
-time, so that windows and rotations stay static; layers that do not fill a period follow, unrolled.
+The blocks are stacked on axis 0 of every parameter under `layers`; `jaxlm.models.layer_scan` runs them.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from jaxlm.models import layers
 from jaxlm.models.block import INIT_STDDEV, NUM_SITES, STREAM, Context, block, block_spec, norm_spec
 from jaxlm.models.cache import KVCache
 from jaxlm.models.config import DecoderConfig
+from jaxlm.models.layer_scan import Layer, run_layers
 from jaxlm.models.rotary import rotations
 from jaxlm.models.spec import Param, Spec, normal, stack
 from jaxlm.ops.masks import segment_positions
@@ -222,53 +222,19 @@ def _embed(params: Params, tokens: Array | None, embeddings: Array | None, c: Co
 def _run_layers(
     stacked: Params, x: Array, cache: KVCache | None, c: Context
 ) -> tuple[Array, LayersKV, dict[str, Array]]:
-    """All blocks: whole periods of the pattern under one scan, the remainder (or everything) unrolled."""
-    cfg, period = c.cfg, len(c.cfg.layer_pattern)
-    num_scanned = cfg.num_layers // period * period if cfg.scan_layers else 0
-    inputs = (stacked, None if cache is None else (cache.keys, cache.values), jnp.arange(cfg.num_layers))
-    parts = []
-    if num_scanned:
-        x, outs = _scan(x, jax.tree.map(lambda a: a[:num_scanned], inputs), c)
-        parts.append(outs)
-    if num_scanned < cfg.num_layers:
-        rest = jax.tree.map(lambda a: a[num_scanned:], inputs)
-        x, outs = _run_unrolled(x, rest, c=c, in_scan=False)
-        parts.append(outs)
-    kv, collected = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    inputs = (stacked, None if cache is None else (cache.keys, cache.values), jnp.arange(c.cfg.num_layers))
+    x, (kv, collected) = run_layers(
+        partial(_layer, c=c), x, inputs, pattern=c.cfg.layer_pattern, scan=c.cfg.scan_layers
+    )
     return x, kv, collected
 
 
-def _scan(x: Array, inputs: Any, c: Context) -> tuple[Array, Any]:
-    """Whole periods of the pattern, one after the other."""
-    period = len(c.cfg.layer_pattern)
-    if period == 1:
-        # Parameters reach the block as the scan hands them over: a slice of them would be kept for the backward pass,
-        # layer by layer, as a second copy.
-        one = _block_function(c.cfg.layer_pattern[0], c, in_scan=True)
-        return jax.lax.scan(lambda x, layer: one(layer[0], x, *layer[1:]), x, inputs)
-    groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), inputs)
-    x, outs = jax.lax.scan(partial(_run_unrolled, c=c, in_scan=True), x, groups)
-    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
-
-
-def _run_unrolled(x: Array, inputs: Any, *, c: Context, in_scan: bool) -> tuple[Array, Any]:
-    """Layers one after the other, the first at the start of the pattern; their outputs stacked."""
-    flat, tree = jax.tree.flatten(inputs)
-    outs = []
-    for i, leaves in enumerate(zip(*map(jnp.unstack, flat))):
-        params, kv, index = jax.tree.unflatten(tree, leaves)
-        kind = c.cfg.layer_pattern[i % len(c.cfg.layer_pattern)]
-        x, out = _block_function(kind, c, in_scan)(params, x, kv, index)
-        outs.append(out)
-    return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
-
-
-def _block_function(kind: str, c: Context, in_scan: bool) -> Callable[..., tuple[Array, Any]]:
-    function = partial(block, kind=kind, c=c)
-    if c.cfg.remat == "none":
-        return function
-    # A scan's body cannot be merged with its own recomputation, so the barrier against that would only cost time.
-    return jax.checkpoint(function, policy=REMAT_POLICIES[c.cfg.remat], prevent_cse=not in_scan)
+def _layer(kind: str, in_scan: bool, *, c: Context) -> Layer:
+    function: Callable[..., tuple[Array, Any]] = partial(block, kind=kind, c=c)
+    if c.cfg.remat != "none":
+        # A scan's body cannot be merged with its own recomputation, so the barrier against that would only cost time.
+        function = jax.checkpoint(function, policy=REMAT_POLICIES[c.cfg.remat], prevent_cse=not in_scan)
+    return lambda x, layer: function(layer[0], x, *layer[1:])
 
 
 def _grown(cache: KVCache | None, kv: LayersKV, segments: Array | None, length: int) -> KVCache | None:
