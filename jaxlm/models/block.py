@@ -84,7 +84,7 @@ def _residual_stddev(cfg: DecoderConfig) -> float:
 
 
 def linear_spec(
-    shape: Sequence[int], axes: Sequence[str], *, bias_dims: int, stddev: float = INIT_STDDEV
+    shape: Sequence[int], axes: Sequence[str | None], *, bias_dims: int, stddev: float = INIT_STDDEV
 ) -> dict[str, Param]:
     """A kernel and a bias over its last `bias_dims` dimensions (0: no bias)."""
     kernel = {"kernel": Param(tuple(shape), tuple(axes), normal(stddev))}

@@ -1,4 +1,4 @@
-"""What a decoder is, as one frozen record: every family that jaxlm knows is a setting of these fields."""
+"""What a decoder or an encoder is, each as one frozen record: every family that jaxlm knows is a setting of it."""
 
 from __future__ import annotations
 
@@ -96,6 +96,71 @@ class DecoderConfig:
             problems += _rope_problems(name, getattr(self, name), self.head_dim)
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional transformer (BERT, RoBERTa, DistilBERT, ModernBERT). Widths are in units, lengths in tokens.
+
+    norm_placement: "post" normalises the stream after each addition (BERT); "pre" the input of each half of a block,
+    and the stream once more at the end (ModernBERT): the first block then has no norm before its attention, because the
+    embeddings' own stands there. max_length: the longest row that the model was made for. rope None: max_length learned
+    positions, in a table with position_offset rows before the first (RoBERTa: 2). Fields of rope, rope_local,
+    layer_pattern, window and mlp_gated as in `DecoderConfig`; a local layer sees window - 1 tokens on either side.
+    num_token_types: of the sentence-number embedding (0: none). head: the dense layer and tanh over the first token's
+    state. dropout: of embeddings, attention weights and both halves of a block.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    max_length: int = 512
+    position_offset: int = 0
+    num_token_types: int = 2
+    head: bool = False
+
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    norm_eps: float = 1e-12
+    norm_placement: Literal["post", "pre"] = "post"
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    mlp_gated: bool = False
+
+    rope: RopeConfig | None = None
+    rope_local: RopeConfig | None = None
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    window: int | None = None
+
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.width % self.num_heads:
+            problems.append(f"width={self.width} must be a multiple of num_heads={self.num_heads}")
+        if not self.layer_pattern:
+            problems.append("layer_pattern must name at least one layer")
+        if "local" in self.layer_pattern and self.window is None:
+            problems.append("local layers need a window")
+        if self.norm_placement == "pre" and self.num_layers < 2:
+            problems.append(f"norm_placement='pre' needs num_layers of at least 2, found {self.num_layers}")
+        if self.rope is not None and self.position_offset:
+            problems.append(f"position_offset={self.position_offset} is of learned positions, which a rope replaces: 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), found {self.dropout}")
+        for name in ("rope", "rope_local"):
+            problems += _rope_problems(name, getattr(self, name), self.head_dim)
+        if problems:
+            raise ValueError("encoder config: " + "; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Entries of one attention head."""
+        return self.width // self.num_heads
 
 
 def _rope_problems(name: str, rope: RopeConfig | None, head_dim: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.models.config import DecoderConfig, RopeConfig
@@ -90,9 +90,19 @@ def _pattern(c: Json, family: str) -> dict[str, Any]:
         types = ["sliding_attention" if i >= c["max_window_layers"] else "full_attention" for i in range(n)]
     elif types is None:
         types = ["sliding_attention"] * n
-    kinds = tuple("local" if t == "sliding_attention" else "global" for t in types)
+    kinds = ["local" if t == "sliding_attention" else "global" for t in types]
+    return {"layer_pattern": shortest_pattern(kinds), "window": window} if "local" in kinds else {}
+
+
+def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest beginning of the layers' kinds that gives them all when repeated.
+
+    >>> shortest_pattern(["global", "local", "global", "local", "global"])
+    ('global', 'local')
+    """
+    n = len(kinds)
     period = next(p for p in range(1, n + 1) if all(kinds[i] == kinds[i % p] for i in range(n)))
-    return {"layer_pattern": kinds[:period], "window": window} if "local" in kinds else {}
+    return tuple(kinds[:period])
 
 
 def _ropes(c: Json, family: str) -> tuple[RopeConfig, RopeConfig | None]:

@@ -119,15 +119,11 @@ def _layer_shapes(row: hf_names.Row, layout: Layout) -> list[tuple[int, ...]]:
     return [s[1:] for s in shapes] if "{i}" in row.tensor else shapes
 
 
-def _tensor_names(row: hf_names.Row, layout: Layout) -> list[str]:
-    return [row.tensor.format(i=i) for i in range(layout.num_layers)] if "{i}" in row.tensor else [row.tensor]
-
-
 def _check_names(files: Tensors, layout: Layout, folder: Path) -> None:
     problems, wanted = [], set()
     for row in layout.rows:
         shape = hf_names.tensor_shape(row, _layer_shapes(row, layout))
-        for name in _tensor_names(row, layout):
+        for name in row.names(layout.num_layers):
             found = files.find(name)
             if found is None:
                 problems.append(f"missing tensor {name}")
@@ -161,7 +157,7 @@ def _reader(
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """index -> that part of the parameter; of a stacked one, only the tensors of the layers in it are read."""
     shapes, which = _layer_shapes(row, layout), row.paths.index(path)
-    names = [files.find(name) or name for name in _tensor_names(row, layout)]
+    names = [files.find(name) or name for name in row.names(layout.num_layers)]
 
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         part = hf_names.from_tensor(row, files.read(name), shapes)[which][index]
@@ -188,7 +184,7 @@ def _unflatten(flat: Mapping[str, Array]) -> Params:
 
 def _tensors(flat: Mapping[str, np.ndarray], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
     for row in layout.rows:
-        for i, name in enumerate(_tensor_names(row, layout)):
+        for i, name in enumerate(row.names(layout.num_layers)):
             parts = [flat[p][i] if "{i}" in row.tensor else flat[p] for p in row.paths]
             yield name, np.ascontiguousarray(hf_names.to_tensor(row, parts))
 

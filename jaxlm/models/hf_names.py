@@ -20,11 +20,17 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", 
 
 class Row(NamedTuple):
     """tensor: the name, with {i} for the layer. paths: our parameters (one, or several that are stored fused). kind:
-    linear is stored [out, in], conv1d [in, out], plain as it is."""
+    linear is stored [out, in], conv1d [in, out], plain as it is. first: the layer of the first tensor in the stack."""
 
     tensor: str
     paths: tuple[str, ...]
     kind: Kind
+    first: int = 0
+
+    def names(self, num_layers: int) -> list[str]:
+        """The names of the row's tensors: one, or one per layer of a model of num_layers."""
+        layers = range(self.first, num_layers) if "{i}" in self.tensor else range(1)
+        return [self.tensor.format(i=i) for i in layers]
 
 
 def norm_rows(tensor: str, path: str) -> list[Row]:

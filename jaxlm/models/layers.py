@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models.config import DecoderConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig
 from jaxlm.ops.matmul import matmul
 from jaxlm.typing import Array, Float, Key, Params
 
@@ -26,13 +26,14 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"], *, eps: float
+    x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, *, eps: float
 ) -> Float[Array, "... D"]:
     """(x - mean) / sqrt(var + eps) * scale + bias, in float32, returned in x's dtype. Source: arXiv 1607.06450."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    y = y * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def norm(params: Params, x: Float[Array, "... D"], *, cfg: DecoderConfig) -> Float[Array, "... D"]:
@@ -74,7 +75,9 @@ def qk_norm(params: Params, x: Float[Array, "B T N H"], *, cfg: DecoderConfig) -
     return rms_norm(joined, params["scale"], eps=cfg.norm_eps, offset=cfg.norm_offset).reshape(x.shape)
 
 
-def mlp_hidden(params: Params, x: Float[Array, "B T D"], *, cfg: DecoderConfig) -> Float[Array, "B T F"]:
+def mlp_hidden(
+    params: Params, x: Float[Array, "B T D"], *, cfg: DecoderConfig | EncoderConfig
+) -> Float[Array, "B T F"]:
     """The feed-forward coefficients: act(x W_gate) * x W_up, or act(x W_up) without a gate."""
     act = ACTIVATIONS[cfg.activation]
     if cfg.mlp_gated:

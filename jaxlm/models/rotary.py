@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.config import DecoderConfig, RopeConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig, RopeConfig
 from jaxlm.ops import rope as ops
 from jaxlm.typing import Array, Float, Int
 
@@ -13,7 +13,7 @@ Rotation = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 
 
 def rotations(
-    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, *, cfg: DecoderConfig
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, *, cfg: DecoderConfig | EncoderConfig
 ) -> dict[str, Rotation | None]:
     """cos and sin for each kind of layer in the pattern, computed once a call; None where nothing rotates.
 
@@ -25,7 +25,7 @@ def rotations(
 
 
 def _rotation(
-    rope: RopeConfig | None, positions: Array, segments: Array | None, *, cfg: DecoderConfig
+    rope: RopeConfig | None, positions: Array, segments: Array | None, *, cfg: DecoderConfig | EncoderConfig
 ) -> Rotation | None:
     if rope is None:
         return None
@@ -62,7 +62,7 @@ def _rescaled(frequencies: np.ndarray, rope: RopeConfig) -> np.ndarray:
     return frequencies
 
 
-def _attention_factor(rope: RopeConfig, *, cfg: DecoderConfig) -> float:
+def _attention_factor(rope: RopeConfig, *, cfg: DecoderConfig | EncoderConfig) -> float:
     if rope.scaling not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:

@@ -18,11 +18,23 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 BERT = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
             max_position_embeddings=40)  # fmt: skip
 DISTIL = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40)
+# Five layers: global, local, local, global, local; the longer row outgrows the window of 4 on either side.
+MODERN = dict(vocab_size=97, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=48,
+              max_position_embeddings=40, local_attention=8, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+              cls_token_id=2, sep_token_id=3)  # fmt: skip
+THETAS = dict(full_attention={"rope_type": "default", "rope_theta": 500.0},
+              sliding_attention={"rope_type": "default", "rope_theta": 20.0})  # fmt: skip
+BIASES = dict(norm_bias=True, attention_bias=True, mlp_bias=True)
 FAMILIES = {
     "bert": ("Bert", BERT),
     "minilm": ("Bert", BERT | dict(hidden_size=24, hidden_act="gelu_new", layer_norm_eps=1e-5)),
     "roberta": ("Roberta", BERT | dict(type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
     "distilbert": ("DistilBert", DISTIL),
+    "modernbert": ("ModernBert", MODERN),
+    "modernbert_biases": (
+        "ModernBert",
+        MODERN | BIASES | dict(rope_parameters=THETAS, layer_types=["sliding_attention"] + ["full_attention"] * 4),
+    ),
 }
 LENGTHS = (20, 7)
 
@@ -91,8 +103,7 @@ def _check_gradients(model, params, cfg, tokens, mask):
     largest = max(np.linalg.norm(g) for g in found.values())
     checked = 0
     for row in hf_encoder.layout(model.config.model_type, cfg).rows:
-        for i in range(cfg.num_layers if "{i}" in row.tensor else 1):
-            name = row.tensor.format(i=i)
+        for i, name in enumerate(row.names(cfg.num_layers)):
             parts = [np.asarray(grads[p][i] if "{i}" in row.tensor else grads[p]) for p in row.paths]
             if name.startswith("pooler"):  # not part of this loss
                 assert name not in found and not np.any(parts[0])
