@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 PACKAGES = [f"jaxlm.{name}" for name in ("ops", "losses", "models")]
 
 
-@pytest.mark.parametrize("work", ["train", pytest.param("train_on_a_mesh", marks=pytest.mark.slow), "generate"])
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["train", "train_on_a_mesh", "generate"])
 def test_annotations_hold(work):
     done = subprocess.run([sys.executable, __file__, work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -56,6 +56,7 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     assert used.keys() == {"a step", "in all"} and used["in all"] > max(0, used["a step"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_trl_computes_the_same(tmp_path, capsys):
     pytest.importorskip("trl")

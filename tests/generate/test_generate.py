@@ -62,6 +62,7 @@ def test_greedy_with_refill_equals_the_plain_loop(params, batch_size):
         assert result.finish_reason == ("end" if tokens[-1] == TOKENIZER.eos_id else "length")
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_batch_size_or_neighbours(params):
     sampling = SamplingConfig(max_new_tokens=8, temperature=0.8, top_k=40, top_p=0.9, num_samples=3, seed=7)
     all_at_once = generate(params, PROMPTS, cfg=CFG, sampling=sampling, tokenizer=TOKENIZER, batch_size=18)

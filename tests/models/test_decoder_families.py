@@ -58,6 +58,16 @@ def test_prefill_of_different_lengths_and_decode_equal_the_full_forward(family, 
     np.testing.assert_array_equal(out.cache.length, lengths + limit - 6)
 
 
+# One family without a layer pattern and one with stand for the others, which are scanned by the same code.
+FIRST = ("llama3", "gemma2")
+OTHERS = (
+    "llama2", "smollm", "mistral", "qwen2", "qwen2_yarn", "qwen3", "olmo2", "phi3", "gemma3", "gpt2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)], indirect=True
+)
 def test_scanning_equals_unrolling(family, make_params):
     params = make_params(family)
     unrolled = dataclasses.replace(family, scan_layers=False)

@@ -57,7 +57,9 @@ def placed(mesh, hidden, unembed, bias, targets, mask):
     return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs)]
 
 
-@pytest.mark.parametrize("data, tensor", [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    "data, tensor", [(4, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((8, 1), (2, 4), (1, 8)))]
+)
 def test_any_mesh_gives_the_numbers_of_one_device(data, tensor):
     mesh = make_mesh(data, tensor)
     hidden, unembed, bias, targets = problem()

@@ -74,7 +74,7 @@ def slow(*names: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", ["cached", "lora_live", *slow("live", "lora_cached")])
+@pytest.mark.parametrize("name", ["cached", *slow("live", "lora_live", "lora_cached")])
 def test_dpo_starts_at_log_2_and_learns(whole, name):
     cfg, result = whole(name)
     evaluated, trained = curve(cfg, "h/loss"), curve(cfg, "train/loss")
@@ -156,7 +156,7 @@ def stop_in(monkeypatch, cfg: dpo.Config, step: int) -> None:
     assert stopped.value.step == step + 1
 
 
-@pytest.mark.parametrize("name", ["cached", "sync_every", *slow("live", "lora_live", "kto")])
+@pytest.mark.parametrize("name", ["cached", *slow("sync_every", "live", "lora_live", "kto")])
 def test_resumed_to_the_last_bit(whole, tmp_path, monkeypatch, capsys, name):
     expected, result = whole(name)
     cfg = config(tmp_path, **RUNS[name])

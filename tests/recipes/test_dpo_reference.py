@@ -47,6 +47,7 @@ def reference_of(monkeypatch, capsys):
     return started
 
 
+@pytest.mark.slow
 def test_the_cache_is_found_and_a_change_makes_it_anew(tmp_path, reference_of):
     def kept(name: str, **changes: Any) -> dpo.Config:
         return config(tmp_path / name, cache_dir=str(tmp_path / "cache"), **changes)
@@ -139,6 +140,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_the_fingerprint_sees_every_change():
     prints = {name: fingerprint(params) for name, params in CHANGES.items()}
     prints["as it was"] = fingerprint(tree())

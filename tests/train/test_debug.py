@@ -57,6 +57,7 @@ def test_a_watched_run_gives_the_same_numbers(tmp_path):
     assert comparable(tmp_path / "watched") == comparable(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_watched_run_stops_at_the_first_bad_step_in_the_loss(tmp_path):
     with pytest.raises(FloatingPointError) as error:
         tiny_run(tmp_path, data=Data(bad=(2,)), compile_step=debug.compile_watched)

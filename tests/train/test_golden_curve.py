@@ -98,7 +98,7 @@ def test_one_device_gives_the_golden_curve(golden):
     "mesh",
     [
         MeshConfig(data=8),
-        MeshConfig(fsdp=8),
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
         MeshConfig(data=2, fsdp=2, tensor=2),
         MeshConfig(fsdp=2, tensor=2, sequence=2),
     ],
@@ -108,6 +108,7 @@ def test_eight_devices_give_the_golden_curve(golden, mesh):
     assert_same(curve(mesh, num_devices=8), golden, 1e-5)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_alone_gives_the_golden_curve(golden):
     assert_same(curve(MeshConfig(tensor=2), num_devices=2), golden, 1e-5)
 
@@ -117,7 +118,7 @@ def test_micro_batches_give_the_golden_curve(golden):
     assert_same(curve(MeshConfig(fsdp=2), num_devices=2, num_microbatches=2), golden, 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_gives_the_golden_curve(golden, remat):
     assert_same(curve(remat=remat), golden, 1e-5)
 

@@ -16,7 +16,7 @@ from jaxlm.sharding.place import shard_batch
 from jaxlm.sharding.rules import param_shardings
 from jaxlm.train.gradient_cache import in_chunks
 
-CFG = EncoderConfig(vocab_size=32, width=16, num_layers=2, num_heads=2, mlp_width=32, max_length=8, dropout=0.2)
+CFG = EncoderConfig(vocab_size=32, width=16, num_layers=1, num_heads=2, mlp_width=32, max_length=8, dropout=0.2)
 
 
 def encode(params, batch, keys):
@@ -46,10 +46,10 @@ def inputs(rows: int):
     return params, make_batch(rows), jax.random.split(jax.random.key(1), rows)
 
 
-@pytest.mark.parametrize("num_chunks", [2, 32])
+@pytest.mark.parametrize("num_chunks", [2, pytest.param(32, marks=pytest.mark.slow)])
 def test_chunks_give_the_gradient_of_the_whole(num_chunks):
     params, batch, keys = inputs(64)
-    want = jax.value_and_grad(make_loss(1))(params, batch, keys)
+    want = jax.jit(jax.value_and_grad(make_loss(1)))(params, batch, keys)
     found = jax.jit(jax.value_and_grad(make_loss(num_chunks)))(params, batch, keys)
     np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(want[1]))
@@ -67,6 +67,7 @@ def test_a_batch_of_1024_in_chunks_of_32():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_encoders_memory_is_that_of_a_chunk():
     """The encoder alone, with a linear loss: four times the rows in four times the chunks cost no more."""
 
@@ -81,6 +82,7 @@ def test_the_encoders_memory_is_that_of_a_chunk():
     assert four - one < 8 * vectors and whole > 3 * four
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_numbers_of_one_device():
     params, batch, keys = inputs(32)
     want = jax.jit(jax.value_and_grad(make_loss(1)))(params, batch, keys)

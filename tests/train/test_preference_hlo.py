@@ -88,7 +88,7 @@ def test_shapes_are_found():
         assert largest_array(f"%a = (s32[2], {shape}) add(s32[] %b, f32[2,4] %c)") == size
 
 
-@pytest.mark.parametrize("name", ["every position", "targets alone"])
+@pytest.mark.parametrize("name", [pytest.param("every position", marks=pytest.mark.slow), "targets alone"])
 def test_no_array_of_tokens_by_vocabulary(name):
     for text in (train_step_text(SCORERS[name]), score_step_text(SCORERS[name])):
         assert f"[{V},{CFG.width}]" in text  # the unembedding is there

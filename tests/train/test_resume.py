@@ -50,7 +50,15 @@ def assert_equal_states(a, b):
 
 # Steps drawn once by hand: on and off the grids of lines (5), evaluations (8) and checkpoints (4), twice in a run too.
 @pytest.mark.parametrize(
-    "mesh, stops", [("one", (12,)), ("one", (2, 16)), ("eight", (6,)), ("sharded", (10,)), ("sharded", (0, 22))]
+    "mesh, stops",
+    [
+        ("one", (2, 16)),
+        ("sharded", (10,)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("one", (12,)), ("eight", (6,)), ("sharded", (0, 22)))
+        ),
+    ],
 )
 def test_bit_identical(tmp_path, whole, capsys, mesh, stops):
     for stop in stops:

@@ -34,7 +34,9 @@ def head(params):
     return {"unembed": params["table"]}
 
 
-@pytest.mark.parametrize("counts", [(5, 0, 3), (6, 6, 6), (1, 2, 6)])
+@pytest.mark.parametrize(
+    "counts", [(5, 0, 3), *(pytest.param(c, marks=pytest.mark.slow) for c in ((6, 6, 6), (1, 2, 6)))]
+)
 def test_values_and_gradients_are_those_of_all_positions(counts):
     params, batch = problem(counts)
 
