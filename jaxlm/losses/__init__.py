@@ -13,6 +13,7 @@ from jaxlm.losses.contrastive import (
     unit,
 )
 from jaxlm.losses.lm import bits_per_byte, cross_entropy, next_token_nll, seq_logprob, z_loss
+from jaxlm.losses.masking import mask_tokens, masked_lm
 from jaxlm.losses.preference import cdpo, discopop, dpo, dpo_norm, exo, hinge, ipo, ipo_sum, robust_dpo
 from jaxlm.losses.preference_free import alphapo, cpo, orpo, sft, simpo, tpo, tpo_l
 from jaxlm.losses.preference_modifiers import length_desensitised_sums, mix_reference, weighted_sum, wpo_weight
@@ -67,6 +68,8 @@ __all__ = [
     "kto",
     "kto_baseline",
     "length_desensitised_sums",
+    "mask_tokens",
+    "masked_lm",
     "matryoshka",
     "mismatched_rows",
     "mix_reference",

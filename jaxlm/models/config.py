@@ -99,6 +99,15 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskedLMConfig:
+    """The head of a masked language model; see `jaxlm.models.masked_lm`. vocab_bias: added to the logits."""
+
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    dense_bias: bool = True
+    vocab_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """A bidirectional transformer (BERT, RoBERTa, DistilBERT, ModernBERT). Widths are in units, lengths in tokens.
 
@@ -108,7 +117,8 @@ class EncoderConfig:
     positions, in a table with position_offset rows before the first (RoBERTa: 2). Fields of rope, rope_local,
     layer_pattern, window and mlp_gated as in `DecoderConfig`; a local layer sees window - 1 tokens on either side.
     num_token_types: of the sentence-number embedding (0: none). head: the dense layer and tanh over the first token's
-    state. dropout: of embeddings, attention weights and both halves of a block.
+    state. masked_lm: the head that guesses masked tokens (None: there is none). dropout: of embeddings, attention
+    weights and both halves of a block.
     """
 
     vocab_size: int
@@ -120,6 +130,7 @@ class EncoderConfig:
     position_offset: int = 0
     num_token_types: int = 2
     head: bool = False
+    masked_lm: MaskedLMConfig | None = None
 
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     norm_eps: float = 1e-12

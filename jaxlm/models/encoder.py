@@ -1,6 +1,7 @@
 """A bidirectional encoder as functions: `spec` (its parameters), `forward` (hidden states). BERT to ModernBERT.
 
-`jaxlm.models.pooling` makes sentence vectors of the hidden states; `jaxlm.models.hf_encoder` reads Hugging Face's.
+`jaxlm.models.pooling` makes sentence vectors of the hidden states, `jaxlm.models.masked_lm` guesses of masked tokens;
+`jaxlm.models.hf_encoder` reads Hugging Face's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import layers
+from jaxlm.models import layers, masked_lm
 from jaxlm.models.block import INIT_STDDEV, NUM_SITES, STREAM, linear_spec
 from jaxlm.models.config import EncoderConfig
 from jaxlm.models.decoder import identity, row_keys
@@ -49,6 +50,8 @@ def spec(cfg: EncoderConfig) -> Spec:
     tree["layers"] = stack(parts, cfg.num_layers - ("first" in tree))
     if cfg.head:
         tree["head"] = linear_spec((cfg.width, cfg.width), ("embed", None), bias_dims=1)
+    if cfg.masked_lm is not None:
+        tree["masked_lm"] = masked_lm.spec(cfg)
     return tree
 
 

@@ -39,7 +39,8 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32, shardings: Any = None)
 
 def _layout(family: str, cfg: DecoderConfig) -> hf_files.Layout:
     rows = hf_names.rows(family, cfg)
-    return hf_files.Layout(spec(cfg), rows, cfg.num_layers, prefixes=("transformer.",), tied=cfg.tie_embeddings)
+    copies = {"lm_head.weight": "embed/table"} if cfg.tie_embeddings else {}
+    return hf_files.Layout(spec(cfg), rows, cfg.num_layers, prefixes=("transformer.",), copies=copies)
 
 
 def save(

@@ -13,21 +13,23 @@ import jax.numpy as jnp
 from jaxlm.models import hf_files
 from jaxlm.models.config import EncoderConfig
 from jaxlm.models.encoder import spec
-from jaxlm.models.hf_encoder_config import Family, read_config, write_config
-from jaxlm.models.hf_encoder_names import OTHER_HEADS, PREFIX, TABLE
+from jaxlm.models.hf_encoder_config import Family, read_config, read_masked_lm, write_config
+from jaxlm.models.hf_encoder_names import MASKED_LM, OTHER_HEADS, PREFIX, TABLE
 from jaxlm.models.spec import flatten
 from jaxlm.typing import Params
 
-HEAD = "pooler.dense.weight"
+POOLER = "pooler.dense.weight"
 
 
 def load_config(folder: str | Path) -> EncoderConfig:
-    """The encoder config of a Hugging Face folder; `head` is whether the checkpoint has BERT's pooler."""
+    """The encoder config of a Hugging Face folder; `head` and `masked_lm` say which heads the checkpoint has."""
     return _read(Path(folder))[1]
 
 
 def load(folder: str | Path, *, dtype: Any = jnp.float32, shardings: Any = None) -> tuple[EncoderConfig, Params]:
-    """(config, parameters) of a Hugging Face folder, strict on names and shapes; heads of other tasks are left out.
+    """(config, parameters) of a Hugging Face folder, strict on names and shapes.
+
+    The head of a masked language model is read if it shares the embeddings; heads of other tasks are left out.
 
     dtype, shardings: as in `jaxlm.models.hf.load`. Raises ValueError naming every missing, unexpected or misshapen
     tensor. A checkpoint's dropout is a setting of its training: the config has 0.
@@ -61,20 +63,29 @@ def _infer_family(cfg: EncoderConfig) -> Family:
 
 
 def layout(family: str, cfg: EncoderConfig) -> hf_files.Layout:
-    """Where each parameter lies in a checkpoint of the family."""
+    """Where each parameter lies in a checkpoint of the family; beside a head, the encoder's names have a prefix."""
+    prefix, head = PREFIX[family], MASKED_LM[family]
+    table, copies = TABLE[family], {}
+    if cfg.masked_lm is not None:
+        table, copies = [row._replace(tensor=prefix + row.tensor) for row in table] + head.rows, head.copies
     have = flatten(spec(cfg))
-    rows = [row for row in TABLE[family] if all(path in have for path in row.paths)]
+    rows = [row for row in table if all(path in have for path in row.paths)]
     missing = have.keys() - {path for row in rows for path in row.paths}
     if missing:
         raise ValueError(f"the family {family!r} has no tensors for {', '.join(sorted(missing))}: choose another")
-    ignored = (*OTHER_HEADS, "embeddings.position_ids", PREFIX[family] + "embeddings.position_ids")
-    return hf_files.Layout(spec(cfg), rows, cfg.num_layers, prefixes=(PREFIX[family],), ignored=ignored)
+    others = OTHER_HEADS if cfg.masked_lm is not None else (*OTHER_HEADS, *head.prefixes)
+    ignored = (*others, "embeddings.position_ids", prefix + "embeddings.position_ids")
+    return hf_files.Layout(spec(cfg), rows, cfg.num_layers, prefixes=(prefix,), ignored=ignored, copies=copies)
 
 
 def _read(folder: Path) -> tuple[str, EncoderConfig]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; expected the folder of a Hugging Face model")
-    family, cfg = read_config(json.loads(path.read_text()))
+    settings = json.loads(path.read_text())
+    family, cfg = read_config(settings)
     files = hf_files.Tensors(folder, (PREFIX[family],))
-    return family, dataclasses.replace(cfg, head=family in ("bert", "roberta") and files.find(HEAD) is not None)
+    pooler = family in ("bert", "roberta") and files.find(POOLER) is not None
+    # ModernBERT's classifiers have the same dense layer and norm under the same names.
+    guesses = files.find(MASKED_LM[family].rows[0].tensor) is not None and files.find("classifier.weight") is None
+    return family, dataclasses.replace(cfg, head=pooler, masked_lm=read_masked_lm(settings) if guesses else None)

@@ -1,7 +1,7 @@
 """config.json of Hugging Face encoders to `EncoderConfig` and back; what jaxlm does not compute is refused by name.
 
 Not read, because they change no number here: dropout rates and initialisers (settings of a training), ids of special
-tokens, and ModernBERT's classifier_*, sparse_prediction, deterministic_flash_attn and reference_compile.
+tokens, and ModernBERT's classifier_pooling, sparse_prediction, deterministic_flash_attn and reference_compile.
 """
 
 from __future__ import annotations
@@ -11,16 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jaxlm.models import hf_config
-from jaxlm.models.config import EncoderConfig, RopeConfig
+from jaxlm.models.config import EncoderConfig, MaskedLMConfig, RopeConfig
 
 Json = Mapping[str, Any]
 Family = Literal["bert", "roberta", "distilbert", "modernbert"]
-ARCHITECTURES = {
-    "bert": "BertModel",
-    "roberta": "RobertaModel",
-    "distilbert": "DistilBertModel",
-    "modernbert": "ModernBertModel",
-}
+ARCHITECTURES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "modernbert": "ModernBert"}
 GLOBAL_THETA, LOCAL_THETA, GLOBAL_EVERY = 160_000.0, 10_000.0, 3
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
@@ -77,6 +72,18 @@ def _modernbert(c: Json) -> EncoderConfig:
     )  # fmt: skip
 
 
+def read_masked_lm(c: Json) -> MaskedLMConfig | None:
+    """The masked-LM head that a checkpoint of this config.json may have; None for one apart from the embeddings."""
+    if not c.get("tie_word_embeddings", True):
+        return None
+    if c["model_type"] == "modernbert":
+        activation = _activation(c.get("classifier_activation", "gelu"))
+        return MaskedLMConfig(activation, c.get("classifier_bias", False), c.get("decoder_bias", True))
+    if c["model_type"] == "roberta":
+        return MaskedLMConfig("gelu")  # whatever the blocks have
+    return MaskedLMConfig(_activation(c["activation" if c["model_type"] == "distilbert" else "hidden_act"]))
+
+
 READERS: dict[str, Callable[[Json], EncoderConfig]] = {
     "bert": _bert,
     "roberta": _roberta,
@@ -120,11 +127,13 @@ def _activation(name: str) -> Any:
 
 def write_config(cfg: EncoderConfig, family: str, dtype: str) -> dict[str, Any]:
     """config.json of an encoder; ValueError if the family cannot express it."""
-    out: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": dtype}
-    out |= {"torch_dtype": dtype, "vocab_size": cfg.vocab_size}
+    architecture = ARCHITECTURES[family] + ("Model" if cfg.masked_lm is None else "ForMaskedLM")
+    out: dict[str, Any] = {"architectures": [architecture], "model_type": family, "dtype": dtype}
+    out |= {"torch_dtype": dtype, "vocab_size": cfg.vocab_size, "tie_word_embeddings": True}
     out["max_position_embeddings"] = cfg.max_length + cfg.position_offset
     out |= WRITERS.get(family, _bert_fields)(cfg, _activation_name(cfg.activation))
     computed = {name: getattr(cfg, name) for name in ("dropout", "dtype", "scan_layers", "head")}
+    computed["masked_lm"] = None if cfg.masked_lm is None else read_masked_lm(out)
     got = dataclasses.replace(read_config(out)[1], **computed)
     if got != cfg:
         names = [f.name for f in dataclasses.fields(cfg) if getattr(got, f.name) != getattr(cfg, f.name)]
@@ -167,6 +176,10 @@ def _modernbert_fields(cfg: EncoderConfig, activation: str) -> dict[str, Any]:
     )  # fmt: skip
     if kinds[0] == "global" and cfg.layer_pattern.count("global") == 1:
         out["global_attn_every_n_layers"] = len(cfg.layer_pattern)
+    if cfg.masked_lm is not None:
+        head = cfg.masked_lm
+        out |= dict(classifier_activation=_activation_name(head.activation), classifier_bias=head.dense_bias)
+        out["decoder_bias"] = head.vocab_bias
     if cfg.window is not None:
         out["local_attention"] = 2 * (cfg.window - 1)
     # Their defaults are ids of ModernBERT's own vocabulary, which need not be this one.

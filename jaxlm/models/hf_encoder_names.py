@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from jaxlm.models.hf_names import Row, linear_rows, norm_rows
 
 _EMBEDDINGS = [
@@ -64,5 +66,36 @@ TABLE: dict[str, list[Row]] = {
 }
 # What stands before the encoder's names in the checkpoint of a model with a head.
 PREFIX = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "modernbert": "model."}
-# Heads of other tasks, which checkpoints of masked language models and classifiers carry beside the encoder.
-OTHER_HEADS = ("cls.", "lm_head.", "classifier.", "vocab_", "pre_classifier.", "qa_outputs.", "head.", "decoder.")
+
+
+class MaskedLMNames(NamedTuple):
+    """rows: of the head's parameters. copies: of tied tensors, which some files store too. prefixes: of all of them."""
+
+    rows: list[Row]
+    copies: dict[str, str]
+    prefixes: tuple[str, ...]
+
+
+def _masked_lm(dense: str, norm: str, projection: str, bias: str, *prefixes: str) -> MaskedLMNames:
+    rows = [
+        *linear_rows(dense, "masked_lm/dense"),
+        *norm_rows(norm, "masked_lm/norm"),
+        Row(bias, ("masked_lm/bias",), "plain"),
+    ]
+    copies = {f"{projection}.weight": "embed/table", f"{projection}.bias": "masked_lm/bias"}
+    return MaskedLMNames(rows, {name: path for name, path in copies.items() if name != bias}, prefixes)
+
+
+_T = "cls.predictions.transform."
+MASKED_LM = {
+    "bert": _masked_lm(
+        _T + "dense", _T + "LayerNorm", "cls.predictions.decoder", "cls.predictions.bias", "cls.predictions."
+    ),
+    "roberta": _masked_lm("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "lm_head."),
+    "distilbert": _masked_lm(
+        "vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias", "vocab_"
+    ),
+    "modernbert": _masked_lm("head.dense", "head.norm", "decoder", "decoder.bias", "head.", "decoder."),
+}
+# Heads of other tasks, which checkpoints carry beside the encoder.
+OTHER_HEADS = ("cls.seq_relationship.", "classifier.", "pre_classifier.", "qa_outputs.")

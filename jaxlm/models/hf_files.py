@@ -25,14 +25,15 @@ MAX_LISTED = 8
 
 class Layout(NamedTuple):
     """How a model lies in its folder. prefixes: what some files put before every name. ignored: beginnings of names
-    that are no part of the model (heads of other tasks). tied: whether a stored head must equal the embeddings."""
+    that are no part of the model (heads of other tasks). copies: tensors that some files store a second time (a tied
+    head), and the parameters that they must equal."""
 
     spec: Spec
     rows: list[hf_names.Row]
     num_layers: int
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    tied: bool = False
+    copies: Mapping[str, str] = {}
 
 
 def read(folder: Path, layout: Layout, *, dtype: Any, shardings: Any) -> Params:
@@ -132,10 +133,11 @@ def _check_names(files: Tensors, layout: Layout, folder: Path) -> None:
             if files.shape(found) != shape:
                 problems.append(f"{name}: expected shape {shape}, found {files.shape(found)}")
     for name in sorted(files.names() - wanted):
-        if name == "lm_head.weight" and layout.tied:
-            # Some exporters store the tied head a second time: harmless if it is the same.
-            if not np.array_equal(files.read(name), files.read(next(iter(_tied(files, layout.rows))))):
-                problems.append(f"{name} differs from the embeddings, though config.json ties them")
+        if name in layout.copies:
+            row = next(row for row in layout.rows if row.paths == (layout.copies[name],))
+            found = files.find(row.tensor)
+            if found is not None and not np.array_equal(files.read(name), files.read(found)):
+                problems.append(f"{name} differs from {found}, though config.json ties them")
         elif not name.endswith(hf_names.IGNORED_SUFFIXES) and not name.startswith(layout.ignored):
             problems.append(f"unexpected tensor {name}")
     if problems:
@@ -143,13 +145,6 @@ def _check_names(files: Tensors, layout: Layout, folder: Path) -> None:
         raise ValueError(
             f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more
         )
-
-
-def _tied(files: Tensors, table: list[hf_names.Row]) -> Iterator[str]:
-    for row in table:
-        found = files.find(row.tensor) if row.paths == ("embed/table",) else None
-        if found is not None:
-            yield found
 
 
 def _reader(

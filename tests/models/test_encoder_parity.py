@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from jaxlm.models import encoder, hf_encoder, hf_names, pooling  # noqa: E402
+from jaxlm import losses  # noqa: E402
+from jaxlm.models import encoder, hf_encoder, hf_names, masked_lm, pooling  # noqa: E402
+from jaxlm.models.config import MaskedLMConfig  # noqa: E402
 from jaxlm.models.spec import flatten  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
@@ -98,14 +101,19 @@ def _check_gradients(model, params, cfg, tokens, mask):
         out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32))
         return jnp.sum(pooling.mean(out.hidden, jnp.asarray(mask)) * direction)
 
-    grads = flatten(jax.jit(jax.grad(loss))(params))
+    _compare_gradients(model, jax.jit(jax.grad(loss))(params), cfg)
+
+
+def _compare_gradients(model, grads, cfg):
+    """Tensor by tensor; the pooler is part of no loss here."""
+    grads = flatten(grads)
     found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     largest = max(np.linalg.norm(g) for g in found.values())
     checked = 0
     for row in hf_encoder.layout(model.config.model_type, cfg).rows:
         for i, name in enumerate(row.names(cfg.num_layers)):
             parts = [np.asarray(grads[p][i] if "{i}" in row.tensor else grads[p]) for p in row.paths]
-            if name.startswith("pooler"):  # not part of this loss
+            if name.startswith("pooler"):
                 assert name not in found and not np.any(parts[0])
                 continue
             error = np.linalg.norm(hf_names.to_tensor(row, parts) - found[name])
@@ -115,15 +123,69 @@ def _check_gradients(model, params, cfg, tokens, mask):
     assert checked == len(found)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
-def test_a_masked_language_model_is_read_as_its_encoder(family, tmp_path):
+MASKED_LM = ["minilm", "roberta", "distilbert", "modernbert"]
+
+
+@pytest.mark.parametrize("family", MASKED_LM)
+def test_a_masked_language_models_logits_gradients_and_the_way_back(family, tmp_path):
     model, (tokens, mask) = make(family, "ForMaskedLM"), batch()
     model.save_pretrained(tmp_path / "theirs")
     cfg, params = hf_encoder.load(tmp_path / "theirs")
-    assert not cfg.head and "head" not in params
-    out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32))
-    want = theirs(model, tokens, mask).hidden_states[-1].detach().numpy()
-    np.testing.assert_allclose(np.asarray(out.hidden)[mask], want[mask], atol=2e-5)
+    assert not cfg.head and cfg.masked_lm == MaskedLMConfig(
+        "gelu_tanh" if family == "minilm" else "gelu", dense_bias=family != "modernbert"
+    )
+    chosen = (np.random.default_rng(2).random(mask.shape) < 0.3) & mask
+    labels = torch.tensor(np.where(chosen, tokens, -100))
+    expected = theirs(model, tokens, mask, labels=labels)
+    expected.loss.backward()
+
+    def mean_loss(params):
+        out = encoder.forward(params, jnp.asarray(tokens), cfg=cfg, segments=jnp.asarray(mask, jnp.int32))
+        states, head = masked_lm.transform(params, out.hidden, cfg=cfg), masked_lm.head(params, cfg=cfg)
+        total, weight, _ = losses.masked_lm(states, targets=jnp.asarray(tokens), chosen=jnp.asarray(chosen), **head)
+        return total / weight, states @ head["unembed"].T + head["bias"]
+
+    (loss, logits), grads = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
+    want = expected.logits.detach().numpy()[mask]
+    np.testing.assert_allclose(np.asarray(logits)[mask], want, atol=2e-5 * np.abs(want).max())
+    np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
+    _compare_gradients(model, grads, cfg)
+
+    hf_encoder.save(tmp_path / "back", params, cfg)
+    again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info.get("mismatched_keys")
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+    assert again.config.architectures == [type(model).__name__]
+    assert hf_encoder.load(tmp_path / "back")[0] == cfg
+
+
+def test_a_head_of_its_own_or_of_another_task_is_left_out(tmp_path):
+    """An untied head has a matrix that jaxlm does not keep; ModernBERT's classifiers have the head's names."""
+    for name, kind, changes in (
+        ("minilm", "ForMaskedLM", dict(tie_word_embeddings=False)),
+        ("modernbert", "ForSequenceClassification", {}),
+    ):
+        prefix, settings = FAMILIES[name]
+        config = getattr(transformers, prefix + "Config")(**settings, **changes)
+        getattr(transformers, prefix + kind)(config).save_pretrained(tmp_path / name)
+        cfg, params = hf_encoder.load(tmp_path / name)
+        assert cfg.masked_lm is None and "masked_lm" not in params
+        with pytest.raises(ValueError, match="has no masked-LM head"):
+            masked_lm.head(params, cfg=cfg)
+
+
+def test_a_stored_copy_of_a_tied_matrix_must_be_one(tmp_path):
+    make("roberta", "ForMaskedLM").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.decoder.weight"] = tensors["roberta.embeddings.word_embeddings.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert hf_encoder.load_config(tmp_path).masked_lm is not None
+    hf_encoder.load(tmp_path)
+    tensors["lm_head.decoder.weight"][0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.decoder.weight differs from roberta.embeddings.word_embeddings"):
+        hf_encoder.load(tmp_path)
 
 
 def test_token_types_are_berts(tmp_path):
