@@ -84,8 +84,12 @@ def write(
         raise
 
 
+# What checkpoints that were once TensorFlow's (bert-base-uncased) call the two parameters of a LayerNorm.
+OLDER_NAMES = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+
+
 class Tensors:
-    """The tensors of a folder by name, read lazily; names with and without their family's prefix are found."""
+    """The tensors of a folder by name, read lazily; names without their family's prefix, and older ones, are found."""
 
     def __init__(self, folder: Path, prefixes: tuple[str, ...]) -> None:
         self._prefixes = prefixes
@@ -106,7 +110,9 @@ class Tensors:
 
     def find(self, name: str) -> str | None:
         bare = next((name.removeprefix(p) for p in self._prefixes if name.startswith(p)), name)
-        return next((n for n in (name, bare, *(p + name for p in self._prefixes)) if n in self._where), None)
+        names = [name, bare, *(p + name for p in self._prefixes)]
+        names += [n.replace(new, old) for n in names for new, old in OLDER_NAMES if n.endswith(new)]
+        return next((n for n in names if n in self._where), None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())

@@ -188,6 +188,20 @@ def test_a_stored_copy_of_a_tied_matrix_must_be_one(tmp_path):
         hf_encoder.load(tmp_path)
 
 
+def test_the_older_names_of_norms_are_read(tmp_path):
+    model = make("bert", "ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    cfg, params = hf_encoder.load(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    older = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_file(older, tmp_path / "model.safetensors")
+    cfg_again, params_again = hf_encoder.load(tmp_path)
+    assert cfg_again == cfg
+    for path, x in flatten(params).items():
+        np.testing.assert_array_equal(flatten(params_again)[path], x, err_msg=path)
+
+
 def test_token_types_are_berts(tmp_path):
     model, (tokens, mask) = make("bert"), batch()
     model.save_pretrained(tmp_path / "theirs")
