@@ -15,7 +15,7 @@ import numpy as np
 from jaxlm.data.byte_level import byte_level_alphabet
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 
 class HFTokenizer:
@@ -34,12 +34,20 @@ class HFTokenizer:
         config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
         self.special_tokens = _special_tokens(json.loads(self._files.get("special_tokens_map.json", b"{}")) | config)
         self.bos_id, self.eos_id = self._id("bos_token"), self._id("eos_token")
+        self.mask_id = self._id("mask_token")
         pad = self._id("pad_token")
         self.pad_id = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
         self.chat_template = _chat_template(self._files.get("chat_template.jinja"), config.get("chat_template"))
 
     def _id(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
+
+    @functools.cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that are no text ([CLS], [SEP], padding, …), in order: masked-LM training hides none."""
+        added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        named = {self._id(name) for name in self.special_tokens}
+        return tuple(sorted(i for i in added | named if i is not None))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, int32 [n]: special tokens in the text are read as such, and none is added."""

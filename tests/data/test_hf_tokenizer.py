@@ -117,6 +117,14 @@ def test_ids_and_special_tokens(tmp_path):
     assert tokenizer.decode([0, *tokenizer.encode("fox"), 2]) == "fox"
 
 
+def test_the_mask_token_and_all_tokens_that_are_no_text(tmp_path):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "[MASK]": 2, "[CLS]": 3}, unk_token="[PAD]"))
+    tokenizer.add_special_tokens(["[CLS]", "[MASK]"])
+    ours = save(tokenizer, tmp_path, mask_token="[MASK]", pad_token="[PAD]")
+    assert ours.mask_id == 2 and ours.special_ids == (0, 2, 3)
+    assert byte_level(tmp_path / "none").mask_id is None
+
+
 def test_vocab_size_counts_holes(tmp_path):
     tokenizer = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
     assert save(tokenizer, tmp_path).vocab_size == 8
