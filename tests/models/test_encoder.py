@@ -152,6 +152,10 @@ def test_scanning_equals_unrolling(family):
     np.testing.assert_allclose(unrolled, forward(params, tokens, cfg=family).hidden, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family", ["bert", "modernbert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "distilbert"))],
+    indirect=True,
+)  # fmt: skip
 def test_a_mesh_gives_the_numbers_of_one_device(family):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = make_params(family)

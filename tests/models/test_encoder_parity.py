@@ -39,6 +39,7 @@ FAMILIES = {
         MODERN | BIASES | dict(rope_parameters=THETAS, layer_types=["sliding_attention"] + ["full_attention"] * 4),
     ),
 }
+VARIANTS = ("minilm", "modernbert_biases")
 LENGTHS = (20, 7)
 
 
@@ -63,7 +64,9 @@ def theirs(model, tokens, mask, **extra):
     return model(torch.tensor(tokens), attention_mask=torch.tensor(mask), output_hidden_states=True, **extra)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in FAMILIES]
+)
 def test_states_gradients_and_the_way_back(family, tmp_path):
     model, (tokens, mask) = make(family), batch()
     model.save_pretrained(tmp_path / "theirs")
