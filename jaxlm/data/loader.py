@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,13 +79,14 @@ class Rows(NamedTuple):
 class Loader:
     """Training batches of `batch_size` rows over all hosts, a pure function of (seed, step).
 
-    parts: (rows, weight, epochs) of each data set. Host p of n takes the p-th n-th of every global batch, so that the
-    hosts' slices in order are the batch that one host would see. Raises ValueError if the batch does not divide.
+    parts: (rows, weight, epochs) of each data set; rows: `Rows`, or what has plan, name, row and origins. Host p of n
+    takes the p-th n-th of every global batch, so that the hosts' slices in order are the batch that one host would see.
+    Raises ValueError if the batch does not divide.
     """
 
     def __init__(
         self,
-        parts: Sequence[tuple[Rows, float, int]],
+        parts: Sequence[tuple[Any, float, int]],
         *,
         batch_size: int,
         seed: int,
@@ -97,7 +98,7 @@ class Loader:
             raise ValueError(
                 f"batch_size={batch_size} is not divisible by {process_count} hosts: use a multiple of {process_count}"
             )
-        self.sources = [rows for rows, _, _ in parts]
+        self.sources: list[Any] = [rows for rows, _, _ in parts]
         self.mixture = Mixture([Part(len(r.plan), w, e, r.name) for r, w, e in parts], seed=seed, shuffle=shuffle)
         self.batch_size = batch_size
         self._local = batch_size // process_count

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ class HFTokenizer:
         folder = folder.parent if folder.name == "tokenizer.json" else folder
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"tokenizer {folder}: expected a folder with tokenizer.json")
-        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self._read({name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()})
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> HFTokenizer:
+        """The tokenizer that a folder of these files would hold, tokenizer.json among them."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._read(dict(files))
+        return tokenizer
+
+    def _read(self, files: dict[str, bytes]) -> None:
+        self._files = files
         self._json = self._files["tokenizer.json"].decode()
         self._tokenizer = _load(self._json)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
