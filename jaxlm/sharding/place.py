@@ -52,3 +52,11 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     if jax.process_count() == 1:
         return {name: jax.device_put(x, where[name]) for name, x in batch.items()}
     return {name: jax.make_array_from_process_local_data(where[name], x) for name, x in batch.items()}
+
+
+def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This host's rows as global arrays that are split by rows alone, whatever the shape of a field behind that."""
+    by_row = NamedSharding(mesh, partition_spec(("batch",)))
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, by_row) for name, x in batch.items()}
+    return {name: jax.make_array_from_process_local_data(by_row, x) for name, x in batch.items()}
