@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxlm.data.tokenizer_hf import HFTokenizer
@@ -33,7 +35,11 @@ LENGTH_STEP = 8
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """An encoder of sentences. max_tokens: longer texts are cut there. unit: vectors are scaled to length 1."""
+    """An encoder of sentences.
+
+    max_tokens: longer texts are cut there. unit: vectors are scaled to length 1. mesh: of the parameters, if they lie
+    on one: rows are split over all its devices, and every process calls `encode` with all the texts and gets them all.
+    """
 
     cfg: EncoderConfig
     params: Params
@@ -41,6 +47,7 @@ class Encoder:
     pooling: Pooling = "mean"
     unit: bool = True
     max_tokens: int = 512
+    mesh: Mesh | None = None
 
     @classmethod
     def load(cls, folder: str | Path, *, pooling: Pooling | None = None) -> Encoder:
@@ -79,21 +86,36 @@ class Encoder:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         tokens = self.tokenizer.encode_sentences(texts, max_tokens=self.max_tokens)
         vectors = np.zeros((len(texts), self.cfg.width), np.float32)
+        run = _program(self.cfg, self.pooling, self.unit, self.mesh)
+        size = batch_size if self.mesh is None else -(-batch_size // self.mesh.size) * self.mesh.size
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
-            for rows, ids, segments in _batches(tokens, batch_size, self.tokenizer.pad_id):
-                found_vectors = _vectors(self.params, ids, segments, cfg=self.cfg, pooling=self.pooling, unit=self.unit)
+            for rows, ids, segments in _batches(tokens, size, self.tokenizer.pad_id):
+                found_vectors = run(self.params, _split(ids, self.mesh), _split(segments, self.mesh))
                 vectors[rows] = np.asarray(found_vectors)[: len(rows)]
                 bar.update(len(rows))
         return vectors
 
 
-@partial(jax.jit, static_argnames=("cfg", "pooling", "unit"))
-def _vectors(params: Params, tokens: Array, segments: Array, *, cfg: EncoderConfig, pooling: str, unit: bool) -> Array:
-    hidden = encoder.forward(params, tokens, cfg=cfg, segments=segments).hidden
-    vectors = POOLERS[pooling](hidden, segments != 0).astype(jnp.float32)
-    if not unit:
-        return vectors
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+@cache
+def _program(cfg: EncoderConfig, pooling: str, unit: bool, mesh: Mesh | None) -> Callable[..., Array]:
+    """(params, tokens, segments) -> vectors, compiled; on a mesh every device gets them all."""
+
+    def vectors_of(params: Params, tokens: Array, segments: Array) -> Array:
+        hidden = encoder.forward(params, tokens, cfg=cfg, segments=segments).hidden
+        vectors = POOLERS[pooling](hidden, segments != 0).astype(jnp.float32)
+        if not unit:
+            return vectors
+        return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    return jax.jit(vectors_of, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def _split(rows: np.ndarray, mesh: Mesh | None) -> Any:
+    """The rows over all devices of the mesh, whichever process they belong to."""
+    if mesh is None:
+        return rows
+    by_row = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback(rows.shape, by_row, lambda index: rows[index])
 
 
 def _batches(tokens: list[np.ndarray], size: int, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

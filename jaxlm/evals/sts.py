@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
+from jaxlm.evals import sphere
 from jaxlm.evals.lexical import BASELINES, lexical_cosines
 
 SUBSETS: Mapping[str, tuple[str, ...]] = {
@@ -68,18 +69,32 @@ def evaluate(task: str, pairs: Pairs, encode: Encode, *, missing: tuple[str, ...
     """The correlation of the cosines with the gold scores, and what TF-IDF reaches on the same pairs."""
     if len(pairs.first) < 2:
         raise ValueError(f"{task}: a correlation needs at least 2 pairs with a score, found {len(pairs.first)}")
-    vectors = np.asarray(encode([*pairs.first, *pairs.second]), np.float64)
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    cosine = np.sum(unit[: len(pairs.first)] * unit[len(pairs.first) :], axis=1)
+    found = scores(pairs, encode)
     return Result(
         task,
         len(pairs.first),
         pairs.unrated,
-        _correlation(spearmanr, cosine, pairs.score),
-        _correlation(pearsonr, cosine, pairs.score),
+        found["spearman"],
+        found["pearson"],
         lexical_baselines(pairs),
         missing,
     )
+
+
+def scores(pairs: Pairs, encode: Encode, *, positive_above: float = 4.0) -> dict[str, float]:
+    """The encoder alone: spearman and pearson (times 100), alignment of close pairs, uniformity of all texts.
+
+    positive_above: pairs with a higher score are positives (STS: 4 of 5).
+    """
+    vectors = sphere.unit(encode([*pairs.first, *pairs.second]))
+    first, second = vectors[: len(pairs.first)], vectors[len(pairs.first) :]
+    cosine, close = np.sum(first * second, axis=1), pairs.score > positive_above
+    return {
+        "spearman": _correlation(spearmanr, cosine, pairs.score),
+        "pearson": _correlation(pearsonr, cosine, pairs.score),
+        "alignment": sphere.alignment(first[close], second[close]),
+        "uniformity": sphere.uniformity(vectors),
+    }
 
 
 def lexical_baselines(pairs: Pairs) -> dict[str, float]:

@@ -185,6 +185,19 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     return max(all_steps(directory), default=None)
 
 
+def best_step(directory: str | os.PathLike[str], metric: str | None, mode: Literal["min", "max"]) -> int:
+    """The saved step that is best by a metric, or the newest for None; ValueError if no step has it."""
+    steps = all_steps(directory)
+    if metric is not None:
+        found = {step: load_record(directory, step)["metrics"] for step in steps}
+        steps = [step for step in steps if metric in found[step]]
+        sign = {"min": -1.0, "max": 1.0}[mode]
+        steps.sort(key=lambda step: sign * found[step][metric])
+    if not steps:
+        raise ValueError(f"{_folder(directory)}: no checkpoint" + ("" if metric is None else f" has {metric!r}"))
+    return steps[-1]
+
+
 def load_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """What was saved beside the arrays: dict(step, record, metrics, manifest)."""
     path = _folder(directory) / str(step)
