@@ -38,15 +38,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config {file}: the file defines no get_config()")
     config = module.get_config(argument) if argument else module.get_config()
-    for override in overrides:
-        _apply(config, override)
+    for change in overrides:
+        override(config, change)
     return config
 
 
-def _apply(config: ml_collections.ConfigDict, override: str) -> None:
-    name, equals, text = override.partition("=")
+def override(config: ml_collections.ConfigDict, change: str) -> None:
+    """Applies one change, "a.b=value", as `load_config` does."""
+    name, equals, text = change.partition("=")
     if not equals:
-        raise ValueError(f"--config.{override}: expected --config.{name}=VALUE")
+        raise ValueError(f"--config.{change}: expected --config.{name}=VALUE")
     *groups, leaf = name.split(".")
     node = config
     for i, group in enumerate(groups):

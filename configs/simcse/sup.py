@@ -1,0 +1,42 @@
+"""Supervised sentence vectors: a small encoder from scratch on the scored pairs of STS-B, by CoSENT.
+
+    jaxlm train --config configs/simcse/sup.py:DATA
+    jaxlm train --config configs/simcse/sup.py:DATA --config.loss=angle
+
+DATA: a folder with stsb/stsb-en-{train,dev}.csv (`jaxlm.evals.sts` says where they can be had).
+
+The paper's settings (Gao et al. 2021, arXiv:2104.08821, appendix A) are of triples: data.examples="tuples",
+data.fields=("sent0", "sent1", "hard_neg"), score_field=None, loss="simcse", three epochs of NLI, batch_size=512,
+learning_rate=5e-5 (BERT and RoBERTa base; large models 1e-5), max_tokens=32, pooling="cls", train_head=True,
+temperature=0.05, hard_negative_weight=1.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(data: str = "data") -> ConfigDict:
+    """Twelve epochs of 5,749 pairs."""
+    config = ConfigDict()
+    config.recipe = "simcse"
+    config.run_dir = "runs/simcse_sup"
+    config.model = dict(vocab_size=8000, width=256, num_layers=2, num_heads=4, mlp_width=1024, max_length=64)
+    config.data = dict(
+        train=[
+            dict(kind="csv", path=f"{data}/stsb/stsb-en-train.csv", columns=("first", "second", "score"), name="stsb")
+        ],
+        fields=("first", "second"),
+        examples="tuples",
+        score_field="score",
+        tokenizer="bpe:8000",
+        max_tokens=64,
+        batch_size=64,
+        epochs=12,
+    )
+    config.loss = "cosent"
+    config.dropout = 0.1
+    config.dev = f"{data}/stsb/stsb-en-dev.csv"
+    config.optim = dict(name="adamw", learning_rate=5e-4, warmup_steps=50, weight_decay=0.01, schedule="linear")
+    config.train = dict(
+        num_steps=1000, eval_every=100, checkpoint_every=100, log_every=20, best_metric="dev/spearman", best_mode="max"
+    )
+    return config

@@ -1,0 +1,114 @@
+"""Several variants of one run over several seeds, as a table: what an ablation is.
+
+    jaxlm train --config configs/simcse/ablation.py:DATA
+
+Every run has its own folder below run_dir and is resumed like any other; one that has finished is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+import numpy as np
+
+from jaxlm.recipes.config import override, to_dataclass
+from jaxlm.recipes.sentences import RESULTS
+from jaxlm.recipes.wiring import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is called `name` in the table. changes: "field=value" each, applied to the base."""
+
+    name: str
+    changes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A sweep. base: the config of a recipe that writes results.json.
+
+    seeds: set in each of seed_fields. metrics: columns of the table, the scores of the trained system; rows: other
+    systems of the results (a start, baselines) that stand above it.
+    """
+
+    run_dir: str
+    base: dict[str, Any]
+    variants: tuple[Variant, ...]
+    metrics: tuple[str, ...]
+    recipe: Literal["sweep"] = "sweep"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed_fields: tuple[str, ...] = ("train.seed", "data.seed")
+    rows: tuple[str, ...] = ()
+
+
+Results = Mapping[str, Mapping[str, float]]
+
+
+def resolve(cfg: Config) -> Config:
+    """Nothing is left open by a config of this recipe."""
+    return cfg
+
+
+def shrink(cfg: Config) -> Config:
+    """Refused: the base can be shrunk by itself."""
+    raise ValueError("a sweep is not shrunk: give --shrink to the config that is its base")
+
+
+def run(cfg: Config) -> dict[str, list[Results]]:
+    """Runs what has not finished yet, and prints and writes the table."""
+    found: dict[str, list[Results]] = {variant.name: [] for variant in cfg.variants}
+    for seed in cfg.seeds:
+        for variant in cfg.variants:
+            folder = Path(cfg.run_dir) / f"{re.sub('[^a-z0-9.]+', '_', variant.name.lower())}-{seed}"
+            if not (folder / RESULTS).is_file():
+                say(f"=== {variant.name}, seed {seed}: {folder}")
+                _run(cfg, variant.changes, seed, folder)
+            found[variant.name].append(json.loads((folder / RESULTS).read_text()))
+    text = table(found, metrics=cfg.metrics, rows=cfg.rows)
+    (Path(cfg.run_dir) / "table.md").write_text(text)
+    say(text)
+    return found
+
+
+def _run(cfg: Config, changes: Sequence[str], seed: int, folder: Path) -> None:
+    values = ml_collections.ConfigDict(copy.deepcopy(cfg.base))
+    for change in [*changes, *(f"{field}={seed}" for field in cfg.seed_fields), f"run_dir={folder}"]:
+        override(values, change)
+    recipe = importlib.import_module(f"jaxlm.recipes.{values.recipe}")
+    recipe.run(to_dataclass(recipe.Config, values))
+
+
+def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], rows: Sequence[str]) -> str:
+    """The variants as Markdown: mean and standard deviation over the seeds, and the range where there are few.
+
+    >>> print(table({"a": [{"trained": {"x": 1.0}}, {"trained": {"x": 3.0}}]}, metrics=("x",), rows=()))
+    | | x |
+    |---|---|
+    | a | 2.00 ± 1.41 (1.00 to 3.00) |
+    <BLANKLINE>
+    """
+    lines = [f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    first = next(iter(found.values()))[0]
+    for row in rows:
+        cells = [f"{first[row][m]:.2f}" if m in first[row] else "" for m in metrics]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    for name, results in found.items():
+        cells = [_cell([r["trained"][m] for r in results]) for m in metrics]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    spread = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    return f"{spread} ({min(values):.2f} to {max(values):.2f})"
