@@ -19,6 +19,19 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Small:
+    width: int
+    heads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    width: int
+    kv_heads: int
+    depth: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Outer:
     steps: int
     optim: Inner = Inner()
@@ -27,6 +40,7 @@ class Outer:
     flag: bool = False
     mapping: dict[str, int] = dataclasses.field(default_factory=dict)
     mixed: int | str = 0
+    model: Small | Large | None = None
 
 
 FILE = """
@@ -82,6 +96,30 @@ def test_round_trip_through_plain_dict(config_file):
 def test_bad_overrides_are_refused_with_the_way_out(config_file, override, message):
     with pytest.raises(ValueError, match=message):
         to_dataclass(Outer, load_config(config_file, [override]))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (dict(width=1), Small(1)),
+        (dict(width=1, kv_heads=2), Large(1, 2)),
+        (Large(1, 2), Large(1, 2)),
+        (None, None),
+        (dict(width=1, haeds=2), "model.haeds: Small has no such field; did you mean heads"),
+        (dict(width=1, kv_heds=2, depth=3), "model.kv_heds: Large has no such field; did you mean kv_heads"),
+        (dict(width=1, kv_heads="2"), r"model.kv_heads: expected int, found '2' \(str\)"),
+        (dict(heads=2), "model: Small needs width"),
+        (3, "model: expected Small or Large or NoneType, found 3"),
+    ],
+)
+def test_a_group_of_one_of_two_kinds_is_the_kind_that_it_looks_like(model, expected):
+    values = dict(steps=1, model=ml_collections.ConfigDict(model) if isinstance(model, dict) else model)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            to_dataclass(Outer, values)
+        return
+    cfg = to_dataclass(Outer, values)
+    assert cfg.model == expected and to_dataclass(Outer, to_dict(cfg)) == cfg
 
 
 def test_missing_field_and_missing_file(tmp_path):

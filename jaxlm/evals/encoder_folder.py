@@ -35,7 +35,8 @@ class Settings(NamedTuple):
 
 
 def read(folder: Path, *, pooling: Pooling | None = None) -> Settings:
-    """The settings of a sentence-transformers folder; of a plain Hugging Face folder, the mean and no unit length.
+    """The settings of a sentence-transformers folder; of a plain Hugging Face folder, no unit length and the mean, or
+    of a causal language model (its name says ForCausalLM) the last token: the choices of sentence-transformers.
 
     pooling: in place of the folder's own. Raises ValueError for what changes vectors and jaxlm does not compute.
     """
@@ -55,7 +56,9 @@ def read(folder: Path, *, pooling: Pooling | None = None) -> Settings:
 
 
 def _read_pooling(folder: Path) -> Pooling:
-    config = _json(folder / POOLING / "config.json", {"pooling_mode": "mean"})
+    architecture = (_json(folder / "config.json", {}).get("architectures") or [""])[0]
+    default = "lasttoken" if architecture.endswith("ForCausalLM") else "mean"
+    config = _json(folder / POOLING / "config.json", {"pooling_mode": default})
     flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
     mode = config.get("pooling_mode", "none")
     chosen = flags or (mode if isinstance(mode, list) else [mode])
@@ -79,7 +82,7 @@ class Beside:
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and those of the settings into the folder."""
         folder, (pooling, unit, max_tokens) = Path(folder), self.settings
-        self.tokenizer.save(folder)
+        self._save_tokenizer(folder)
         modules = [("", "Transformer"), (POOLING, "Pooling"), *([(NORMALIZE, "Normalize")] if unit else [])]
         listed = [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -92,6 +95,31 @@ class Beside:
         _write(folder / POOLING / "config.json", {"word_embedding_dimension": self.width, **flags})
         if unit:
             _write(folder / NORMALIZE / "config.json", {})  # a folder must hold something to live through git and zip
+
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """Decoders' tokenizers often name no padding, without which transformers encodes no batch. Any token will do,
+        for the mask hides it: the one that jaxlm pads with."""
+        self.tokenizer.save(folder)
+        names = self.tokenizer.special_tokens
+        if "pad_token" not in names and "eos_token" in names:
+            path = folder / "tokenizer_config.json"
+            _write(path, _json(path, {}) | {"pad_token": names["eos_token"]})
+
+    @property
+    def bos_id(self) -> int | None:
+        """Of the tokenizer, for config.json; and so the next two."""
+        return self.tokenizer.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding."""
+        return self.tokenizer.pad_id
 
 
 def _write(path: Path, content: Any) -> None:

@@ -13,14 +13,17 @@ from jaxlm.models.config import DecoderConfig
 from jaxlm.models.decoder import spec
 from jaxlm.typing import Params
 
+MAX_SHARD_BYTES = 5 * 10**9
+
 
 def load_config(folder: str | Path) -> DecoderConfig:
     """The decoder config of a Hugging Face folder; ValueError if it holds no config.json or an unsupported model."""
-    return _read_config(Path(folder))[1]
+    return read_config(folder)[1]
 
 
-def _read_config(folder: Path) -> tuple[str, DecoderConfig]:
-    path = folder / "config.json"
+def read_config(folder: str | Path) -> tuple[str, DecoderConfig]:
+    """(family, decoder config) of a Hugging Face folder; errors as in `load_config`."""
+    path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; expected the folder of a Hugging Face model")
     return hf_config.read(json.loads(path.read_text()))
@@ -33,7 +36,7 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32, shardings: Any = None)
     each process then reads only the layers' tensors that its devices need, one at a time. Raises ValueError naming
     every missing, unexpected or misshapen tensor.
     """
-    family, cfg = _read_config(Path(folder))
+    family, cfg = read_config(folder)
     return cfg, hf_files.read(Path(folder), _layout(family, cfg), dtype=dtype, shardings=shardings)
 
 
@@ -50,7 +53,7 @@ def save(
     *,
     family: str | None = None,
     dtype: Any = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: Any = None,
 ) -> None:
     """Writes a folder that transformers and `load` read: safetensors, config.json, and the tokenizer's files.
@@ -62,11 +65,17 @@ def save(
     family = family or hf_config.infer_family(cfg)
 
     def config(stored: str) -> dict[str, Any]:
-        # Families have default ids of their own, which may lie outside this vocabulary: say what holds here.
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-        return hf_config.write(cfg, family, stored) | ids
+        return hf_config.write(cfg, family, stored) | special_ids(tokenizer)
 
     hf_files.write(
         Path(folder), params, _layout(family, cfg), config, dtype=dtype, max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """The fields of config.json that name special tokens; None where the tokenizer has no such id.
+
+    Families have defaults of their own, which may lie outside this vocabulary: hence always written.
+    """
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}

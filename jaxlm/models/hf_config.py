@@ -40,6 +40,10 @@ def read(config: Json) -> tuple[str, DecoderConfig]:
         raise ValueError(
             f"config.json: model_type={family!r} is not supported; expected one of {', '.join(ARCHITECTURES)}"
         )
+    for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        found = config.get(name)
+        if found is not None and bool(found) != causal:
+            raise ValueError(f"config.json: {name}={found!r} lets tokens see later ones; decoders are causal here")
     if family == "gpt2":
         return family, _read_gpt2(config)
     return family, DecoderConfig(**_common(config, family), **_FAMILY[family](config))

@@ -28,23 +28,23 @@ def mean(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array
 
 
 def first(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B D"]:
-    """State of the first token that counts: [CLS] for BERT, wherever the padding is.
+    """State of the first token that counts: [CLS] for BERT, wherever the padding is. 0 where nothing counts.
 
     >>> import jax.numpy as jnp
     >>> first(jnp.array([[[1.0], [3.0]]]), jnp.array([[False, True]])).tolist()
     [[3.0]]
     """
-    return _at(hidden, jnp.argmax(mask, axis=1))
+    return _at(hidden, mask, jnp.argmax(mask, axis=1))
 
 
 def last(hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B D"]:
-    """State of the last token that counts, which alone has seen them all in a causal model.
+    """State of the last token that counts, which alone has seen them all in a causal model. 0 where nothing counts.
 
     >>> import jax.numpy as jnp
     >>> last(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])).tolist()
     [[3.0]]
     """
-    return _at(hidden, mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))
+    return _at(hidden, mask, mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))
 
 
 def first_last_mean(states: Float[Array, "S B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B D"]:
@@ -80,5 +80,6 @@ def head(params: Params, pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
     return jnp.tanh(layers.project(params, pooled[:, None])[:, 0])
 
 
-def _at(hidden: Array, index: Array) -> Array:
-    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+def _at(hidden: Array, mask: Array, index: Array) -> Array:
+    found = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+    return jnp.where(jnp.any(mask, axis=1)[:, None], found, 0)

@@ -146,6 +146,9 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
     options = [a for a in args if a is not type(None)]
+    groups = [a for a in options if dataclasses.is_dataclass(a)]
+    if groups and isinstance(value, Mapping | ml_collections.ConfigDict):
+        return to_dataclass(typing.cast(type, max(groups, key=lambda group: _likeness(group, value))), value, where)
     errors = []
     for option in options:
         try:
@@ -156,6 +159,13 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(errors) == 1:
         raise ValueError(errors[0])
     raise ValueError(f"{where}: expected {' or '.join(map(_describe, args))}, found {value!r} ({type(value).__name__})")
+
+
+def _likeness(cls: Any, values: Any) -> tuple[int, int]:
+    """How much a group of fields looks like this dataclass: most of all one without a field too many or too few."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    missing = sum(_required(f) and name not in values for name, f in fields.items())
+    return sum(name in fields for name in values), -missing
 
 
 def _describe(hint: Any) -> str:

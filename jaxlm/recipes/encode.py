@@ -3,9 +3,10 @@
   jaxlm encode path/to/all-MiniLM-L6-v2 --texts sentences.txt --out vectors.npy
   jaxlm encode path/to/model --texts rows.jsonl --field sentence --out vectors.parquet --batch-size 64
 
-MODEL is the folder of a Hugging Face or sentence-transformers encoder. --texts: a text a line, or jsonl or Parquet with
-a field; .gz, .bz2 and .zst are read too. The vectors are in the order of the texts: float32 [texts, width] as .npy, or
-Parquet with the columns text and vector.
+MODEL is the Hugging Face or sentence-transformers folder of an encoder (BERT, ModernBERT, …) or a decoder (Llama, Qwen,
+…), such as a run's runs/x/encoder. --texts: a text a line, or jsonl or Parquet with a field; .gz, .bz2 and .zst are
+read too. The vectors are in the order of the texts: float32 [texts, width] as .npy, or Parquet with the columns text
+and vector.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
@@ -19,12 +18,13 @@ from jaxlm.data.sentences import SentenceConfig, Sentences, sentence_tokenizer
 from jaxlm.data.tokenizer import HFTokenizer
 from jaxlm.evals.encode import POOLERS, Encoder, Pooling
 from jaxlm.losses.masking import mask_tokens
-from jaxlm.models import encoder, hf_encoder, masked_lm, pooling
+from jaxlm.models import masked_lm, pooling, sentence_encoder
 from jaxlm.models import spec as specs
-from jaxlm.models.config import EncoderConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig
+from jaxlm.models.sentence_encoder import AnyConfig
 from jaxlm.recipes.config import to_dict
 from jaxlm.recipes.describe import parameter_table
-from jaxlm.recipes.shrink import HEAD_DIM, MLP_PER_WIDTH, fold_mesh, shrink_train
+from jaxlm.recipes.shrink import fold_mesh, shrink_decoder, shrink_encoder, shrink_train
 from jaxlm.recipes.wiring import averaged, say
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
@@ -54,7 +54,7 @@ class SentenceRun(Protocol):
     data: SentenceConfig
     train: TrainConfig
     optim: OptimConfig
-    model: EncoderConfig | None
+    model: AnyConfig | None
     init_from: str | None
     mesh: MeshConfig
     dropout: float
@@ -66,9 +66,9 @@ def resolve(cfg: Any) -> Any:
     """Fills in the model and the tokenizer from `init_from`; ValueError if there is neither."""
     if cfg.init_from is None and (cfg.model is None or cfg.data.tokenizer is None):
         raise ValueError(
-            "config: give init_from (an encoder's folder), or model (its fields) and data.tokenizer (bpe:8000, say)"
+            "config: give init_from (a Hugging Face folder), or model (its fields) and data.tokenizer (bpe:8000, say)"
         )
-    model = cfg.model or hf_encoder.load_config(cfg.init_from)
+    model = cfg.model or sentence_encoder.load_config(cfg.init_from)
     data = dataclasses.replace(cfg.data, tokenizer=cfg.data.tokenizer or cfg.init_from)
     model = dataclasses.replace(model, dropout=cfg.dropout, scan_layers=cfg.scan_layers)
     return dataclasses.replace(cfg, model=model, data=data)
@@ -78,11 +78,7 @@ def shrink(cfg: Any) -> Any:
     """The same run with a small random encoder, two rows a device, short texts and few steps, on a folded mesh."""
     mesh, train = fold_mesh(cfg.mesh), shrink_train(cfg.train)
     rows = 2 * mesh.slice * (mesh.data or 1) * mesh.fsdp
-    heads = math.gcd(cfg.model.num_heads, 4)
-    model = dataclasses.replace(
-        cfg.model, width=HEAD_DIM * heads, num_heads=heads, mlp_width=MLP_PER_WIDTH * HEAD_DIM * heads,
-        num_layers=min(cfg.model.num_layers, max(2, len(cfg.model.layer_pattern) + 1)), dtype="float32",
-    )  # fmt: skip
+    model = shrink_decoder(cfg.model) if isinstance(cfg.model, DecoderConfig) else shrink_encoder(cfg.model)
     return dataclasses.replace(
         cfg, run_dir=f"{cfg.run_dir}-shrunk", init_from=None, model=model, train=train, mesh=mesh, chunk_size=None,
         data=dataclasses.replace(cfg.data, batch_size=rows, max_tokens=min(cfg.data.max_tokens, 16)),
@@ -101,6 +97,14 @@ def check(cfg: SentenceRun) -> None:
         raise ValueError(f"mesh.sequence={cfg.mesh.sequence}: sentences are short and not split; leave it 1")
     if cfg.train.z_loss:
         raise ValueError(f"train.z_loss is of the recipe lm, found {cfg.train.z_loss}: leave it 0")
+    if cfg.model is None:
+        return
+    sentence_encoder.check_pooling(cfg.model, cfg.pooling)
+    if cfg.data.max_tokens > cfg.model.max_length:
+        raise ValueError(
+            f"data.max_tokens={cfg.data.max_tokens}, but the model ends at max_length={cfg.model.max_length}: shorten "
+            "the one or lengthen the other"
+        )
 
 
 def tokenizer_of(cfg: SentenceRun, texts: Iterable[str]) -> HFTokenizer:
@@ -130,8 +134,8 @@ class Trainer:
         check_batch(self.mesh, batch_size=self.cfg.data.batch_size, sequence_length=1)
 
     @property
-    def model(self) -> EncoderConfig:
-        """The resolved encoder."""
+    def model(self) -> AnyConfig:
+        """The resolved model."""
         assert self.cfg.model is not None
         return self.cfg.model
 
@@ -143,7 +147,9 @@ class Trainer:
     def forward(self, params: Params, tokens: Array, *, segments: Array, key: Any) -> Array:
         """Tokens to hidden states."""
         constrain = make_constrain(self.mesh)
-        return encoder.forward(params, tokens, cfg=self.model, segments=segments, key=key, constrain=constrain).hidden
+        return sentence_encoder.forward(
+            params, tokens, cfg=self.model, segments=segments, key=key, constrain=constrain
+        )
 
     def encode(self) -> EncodeFn:
         """Tokens to vectors, under the head where the run trains one."""
@@ -157,8 +163,8 @@ class Trainer:
     def masked_lm(self, column: str, weight: float) -> LossFn:
         """The masked-LM loss on a column, to be added to a contrastive one."""
         tokenizer, cfg = self.tokenizer, self.model
-        if tokenizer.mask_id is None or cfg.masked_lm is None:
-            lacking = "the tokenizer has no mask_token" if tokenizer.mask_id is None else "the encoder has no such head"
+        if tokenizer.mask_id is None or not isinstance(cfg, EncoderConfig) or cfg.masked_lm is None:
+            lacking = "the tokenizer has no mask_token" if tokenizer.mask_id is None else "the model has no such head"
             raise ValueError(f"masked_lm_weight={weight}: {lacking}; set it to 0")
 
         def states(params: Params, tokens: Array, *, segments: Array, key: Any) -> Array:
@@ -180,7 +186,7 @@ class Trainer:
 
     def train(self, loss_fn: LossFn, data: Sentences, evaluate: Evaluate | None) -> Result:
         """Trains the encoder; started again on the same run folder, it resumes."""
-        cfg, spec = self.cfg, encoder.spec(self.model)
+        cfg, spec = self.cfg, sentence_encoder.spec(self.model)
         say(parameter_table(spec, param_shardings(spec, self.mesh)))
         say_example(data, self.tokenizer)
         optimizer, schedule = make_optimizer(
@@ -190,7 +196,7 @@ class Trainer:
         data.train.require(cfg.train.num_steps)
 
         def first_state() -> Any:
-            params = None if cfg.init_from is None else hf_encoder.load(cfg.init_from)[1]
+            params = None if cfg.init_from is None else sentence_encoder.load(cfg.init_from)[1]
             return init_state(jax.random.key(cfg.train.seed), spec, optimizer, mesh=self.mesh, ema=ema, params=params)
 
         return train(
@@ -228,7 +234,7 @@ class Trainer:
     def load(self, step: int) -> Params:
         """The parameters of a checkpoint (averaged, where the run averages them), whole on the first device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = specs.abstract(encoder.spec(self.model))
+        shapes = specs.abstract(sentence_encoder.spec(self.model))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
         ema = self.cfg.train.ema_decay is not None
         return load_params(Path(self.cfg.run_dir) / "checkpoints", target, step=step, ema=ema)

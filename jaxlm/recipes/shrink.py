@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from jaxlm.data.config import DataConfig
-from jaxlm.models.config import DecoderConfig, RopeConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig, RopeConfig
 from jaxlm.sharding.mesh import MeshConfig
 from jaxlm.train.config import TrainConfig
 
@@ -69,6 +69,15 @@ def shrink_decoder(cfg: DecoderConfig) -> DecoderConfig:
         rope_local=_shrink_rope(cfg.rope_local),
         dtype="float32",
     )
+
+
+def shrink_encoder(cfg: EncoderConfig) -> EncoderConfig:
+    """As `shrink_decoder`."""
+    heads = math.gcd(cfg.num_heads, 4)
+    return dataclasses.replace(
+        cfg, width=HEAD_DIM * heads, num_heads=heads, mlp_width=MLP_PER_WIDTH * HEAD_DIM * heads,
+        num_layers=min(cfg.num_layers, max(2, len(cfg.layer_pattern) + 1)), dtype="float32",
+    )  # fmt: skip
 
 
 def _shrink_rope(rope: RopeConfig | None) -> RopeConfig | None:

@@ -29,7 +29,7 @@ from jaxlm.evals import sts
 from jaxlm.evals.encode import Encoder, Pooling
 from jaxlm.losses import angle, cosent, cosine_mse, simcse
 from jaxlm.losses.similarity import matryoshka
-from jaxlm.models.config import EncoderConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig
 from jaxlm.recipes import sentences
 from jaxlm.recipes.sentences import Trainer, make_scores
 from jaxlm.recipes.sphere_plot import plot_sphere, sphere_points
@@ -51,21 +51,22 @@ resolve, shrink = sentences.resolve, sentences.shrink
 class Config:
     """A run of SimCSE. What the groups hold is documented where they are defined.
 
-    model, init_from: the encoder's fields, or a Hugging Face folder to start from. loss: simcse, or for scored pairs
-    cosent, angle, cosine_mse (scores divided by score_scale). dropout: of the encoder while it trains. scan_layers:
-    one program for all layers, which compiles faster and, on a CPU, trains half as fast. one_mask: both views under the
-    same dropout mask, the paper's ablation. train_head: BERT's dense layer and tanh over the pooled state while
-    training; the vectors that are kept are without. matryoshka: prefix lengths trained too. masked_lm_weight: of the
-    masked-LM loss on the first column, beside (the paper: 0.1). chunk_size: sentences encoded at a time, see
-    `jaxlm.train.gradient_cache`. dev: STS-B's dev file, evaluated on the way as dev/spearman, dev/pearson,
-    dev/alignment, dev/uniformity (train.best_metric may name one).
+    model, init_from: the fields of an encoder or a decoder, or a Hugging Face folder of either to start from (a decoder
+    is causal: pooling last or mean, and no head beside it). loss: simcse, or for scored pairs cosent, angle, cosine_mse
+    (scores divided by score_scale). dropout: of the model while it trains. scan_layers: one program for all layers,
+    which compiles faster and, on a CPU, trains half as fast. one_mask: both views under the same dropout mask, the
+    paper's ablation. train_head: BERT's dense layer and tanh over the pooled state while training; the vectors that are
+    kept are without. matryoshka: prefix lengths trained too. masked_lm_weight: of the masked-LM loss on the first
+    column, beside (the paper: 0.1). chunk_size: sentences encoded at a time, see `jaxlm.train.gradient_cache`. dev:
+    STS-B's dev file, evaluated on the way as dev/spearman, dev/pearson, dev/alignment, dev/uniformity
+    (train.best_metric may name one).
     """
 
     run_dir: str
     data: SentenceConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig(learning_rate=3e-5, weight_decay=0.0)
-    model: EncoderConfig | None = None
+    model: EncoderConfig | DecoderConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
     recipe: Literal["simcse"] = "simcse"
@@ -92,9 +93,11 @@ class Config:
         columns = len(self.data.fields) if self.data.examples == "tuples" else 1
         if self.data.examples == "tuples" and (columns < 2 or (scored and columns != 2)):
             raise ValueError(f"data.fields={self.data.fields}: expected two texts a row{'' if scored else ' or more'}")
-        if self.train_head and self.model is not None and not self.model.head:
+        if isinstance(self.model, DecoderConfig) and (self.train_head or self.masked_lm_weight):
+            raise ValueError("train_head and masked_lm_weight are of encoders, the model is a decoder: leave them out")
+        if self.train_head and isinstance(self.model, EncoderConfig) and not self.model.head:
             raise ValueError("train_head needs parameters for it: set model.head=True")
-        if self.masked_lm_weight and self.model is not None and self.model.masked_lm is None:
+        if self.masked_lm_weight and isinstance(self.model, EncoderConfig) and self.model.masked_lm is None:
             raise ValueError("masked_lm_weight needs parameters for the head: set model.masked_lm={}")
 
 

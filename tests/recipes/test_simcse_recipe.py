@@ -5,24 +5,30 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jaxlm.data.sentences import SentenceConfig
 from jaxlm.data.sources import SourceConfig
 from jaxlm.evals.encode import Encoder
-from jaxlm.models.config import EncoderConfig, MaskedLMConfig
-from jaxlm.recipes import simcse, sweep
-from jaxlm.recipes.config import to_dict
-from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.models.config import DecoderConfig, EncoderConfig, MaskedLMConfig
+from jaxlm.recipes import sentences, simcse, sweep
+from jaxlm.recipes.config import to_dataclass, to_dict
+from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.optim import OptimConfig
 
 NOUNS, VERBS = ("cat", "dog", "bird", "child", "farmer", "king"), ("sleeps", "runs", "sings", "eats", "reads")
 SENTENCES = [f"The {noun} {verb} {where}." for noun in NOUNS for verb in VERBS for where in ("here", "at home")]
 MODEL = EncoderConfig(vocab_size=320, width=32, num_layers=1, num_heads=2, mlp_width=64, max_length=16)
+DECODER = DecoderConfig(
+    vocab_size=320, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64, max_length=16,
+    tie_embeddings=False,  # as Llama 3; an encoder of sentences has no unembedding either way
+)  # fmt: skip
 TRAIN = TrainConfig(
     num_steps=8, eval_every=4, checkpoint_every=4, log_every=4, best_metric="dev/uniformity", best_mode="min"
 )
@@ -133,6 +139,48 @@ def test_eight_devices_give_the_numbers_of_one(whole, tmp_path, dev):
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3)
 
 
+def test_a_decoder_stays_one_in_the_record_and_when_shrunk(tmp_path):
+    cfg = simcse.resolve(config(tmp_path, None, model=DECODER, pooling="last"))
+    assert to_dataclass(simcse.Config, to_dict(cfg)) == cfg
+    small = simcse.shrink(cfg).model
+    assert isinstance(small, DecoderConfig) and small.num_heads == 4 and small.num_kv_heads == 2
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_and_goes_on_from_what_it_left(tmp_path):
+    train = TrainConfig(num_steps=12, eval_every=None, checkpoint_every=None, log_every=4)
+    simcse.run(config(tmp_path / "run", None, model=DECODER, pooling="last", train=train))
+    losses = [line["train/loss"] for line in lines(tmp_path / "run") if "train/loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    kept = Encoder.load(tmp_path / "run" / "encoder")
+    assert kept.pooling == "last" and isinstance(kept.cfg, DecoderConfig)
+    # On from its folder; a step of size 0 leaves it as it is.
+    again = config(tmp_path / "again", None, model=None, init_from=str(tmp_path / "run" / "encoder"), pooling="last")
+    again = dataclasses.replace(
+        again, data=dataclasses.replace(again.data, tokenizer=None), train=dataclasses.replace(train, num_steps=1),
+        optim=OptimConfig(learning_rate=0.0, warmup_steps=0, weight_decay=0.0),
+    )  # fmt: skip
+    simcse.run(again)
+    gone_on = Encoder.load(tmp_path / "again" / "encoder")
+    np.testing.assert_array_equal(gone_on.encode(SENTENCES), kept.encode(SENTENCES))
+
+
+@pytest.mark.slow
+def test_a_decoder_has_the_same_numbers_on_eight_devices(tmp_path, dev, monkeypatch):
+    simcse.run(
+        config(tmp_path / "eight", dev, model=DECODER, pooling="last", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    )
+    monkeypatch.setattr(sentences, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    simcse.run(config(tmp_path / "one", dev, model=DECODER, pooling="last"))
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "eight"), strict=True):
+        for name in ("train/loss", "train/grad_norm", "dev/uniformity", "dev/spearman"):
+            assert (name in a) == (name in b)
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3)
+    first, second = (Encoder.load(tmp_path / name / "encoder").encode(SENTENCES) for name in ("one", "eight"))
+    np.testing.assert_allclose(first, second, atol=2e-3)
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_and_makes_a_table(tmp_path, dev, capsys):
     base = to_dict(config(tmp_path / "unused", dev))
@@ -156,6 +204,9 @@ def test_a_sweep_runs_what_is_missing_and_makes_a_table(tmp_path, dev, capsys):
         (dict(loss="cosent"), "loss='cosent' with data.score_field=None: expected simcse"),
         (dict(train_head=True), "model.head=True"),
         (dict(masked_lm_weight=0.1), "masked_lm_weight needs parameters"),
+        (dict(model=DECODER, masked_lm_weight=0.1), "of encoders, the model is a decoder: leave them out"),
+        (dict(model=DECODER, pooling="cls"), "pooling='cls' takes the first token's state, and in a causal model"),
+        (dict(model=dataclasses.replace(MODEL, max_length=8)), "max_tokens=16, but the model ends at max_length=8"),
         (dict(train=TrainConfig(num_steps=2, num_microbatches=2)), "would leave each part its own negatives"),
     ],
 )
