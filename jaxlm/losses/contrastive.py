@@ -235,8 +235,9 @@ def _cross_entropy(
             )
         kept = negative_mask | is_positive
     logits = s / temperature + bias
-    right = jnp.take_along_axis(logits, positive[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1, where=kept) - right
+    right = jnp.take_along_axis(logits, positive[:, None], axis=1)
+    # Less the positive before the sum and not after it: rounding can then never make a loss negative.
+    return jax.nn.logsumexp(logits - right, axis=1, where=kept)
 
 
 def _check_vectors(**arrays: Array) -> None:

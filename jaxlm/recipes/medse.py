@@ -34,7 +34,7 @@ from jaxlm.data.sentences import Sentences, make_sentences
 from jaxlm.evals.encode import Encoder, Pooling
 from jaxlm.evals.entities import Definitions, lexical_scores, read_ehr_rel, relatedness, retrieval
 from jaxlm.losses import info_nce
-from jaxlm.models.config import EncoderConfig
+from jaxlm.models.sentence_encoder import AnyConfig
 from jaxlm.recipes import sentences
 from jaxlm.recipes.medse_data import OntologyConfig, defined, make_med_rows, training_rows
 from jaxlm.recipes.sentences import Trainer, make_scores
@@ -63,7 +63,7 @@ class Config:
     data: OntologyConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig(learning_rate=3e-5, weight_decay=0.0)
-    model: EncoderConfig | None = None
+    model: AnyConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
     recipe: Literal["medse"] = "medse"
@@ -94,7 +94,9 @@ def run(cfg: Config) -> Result:
         trainer.encode(), columns_of(cfg), partial(objective, cfg=cfg), chunk_size=cfg.chunk_size
     )
     dev = definitions_of(cfg, ontology, "heldout")
-    result = trainer.train(loss_fn, data, make_scores(trainer, {"dev": lambda e: retrieval(dev, e.encode)}))
+    result = trainer.train(
+        loss_fn, columns_of(cfg), data, make_scores(trainer, {"dev": lambda e: retrieval(dev, e.encode)})
+    )
     folder = trainer.keep()
     if jax.process_index() == 0:
         report(cfg, ontology, folder)

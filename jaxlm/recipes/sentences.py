@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,9 +147,7 @@ class Trainer:
     def forward(self, params: Params, tokens: Array, *, segments: Array, key: Any) -> Array:
         """Tokens to hidden states."""
         constrain = make_constrain(self.mesh)
-        return sentence_encoder.forward(
-            params, tokens, cfg=self.model, segments=segments, key=key, constrain=constrain
-        )
+        return sentence_encoder.forward(params, tokens, cfg=self.model, segments=segments, key=key, constrain=constrain)
 
     def encode(self) -> EncodeFn:
         """Tokens to vectors, under the head where the run trains one."""
@@ -184,8 +182,8 @@ class Trainer:
             mesh=self.mesh,
         )  # fmt: skip
 
-    def train(self, loss_fn: LossFn, data: Sentences, evaluate: Evaluate | None) -> Result:
-        """Trains the encoder; started again on the same run folder, it resumes."""
+    def train(self, loss_fn: LossFn, columns: Sequence[str], data: Sentences, evaluate: Evaluate | None) -> Result:
+        """Trains the encoder; started again on the same run folder, it resumes. columns: what the loss encodes."""
         cfg, spec = self.cfg, sentence_encoder.spec(self.model)
         say(parameter_table(spec, param_shardings(spec, self.mesh)))
         say_example(data, self.tokenizer)
@@ -215,7 +213,7 @@ class Trainer:
                 to_dict(cfg), mesh=self.mesh, data_fingerprint=data.fingerprint, flop_definition=flops.DEFINITION
             ),
             batch_indices=data.train.indices,
-            throughput=Throughput(tokens_per_step(data)),
+            throughput=Throughput(tokens_per_step(data, columns)),
             constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
         )  # fmt: skip
 
@@ -255,10 +253,10 @@ def make_scores(trainer: Trainer, sets: dict[str, Callable[[Encoder], dict[str, 
     return evaluate
 
 
-def tokens_per_step(data: Sentences) -> int:
-    """Tokens of a global batch, padding included."""
+def tokens_per_step(data: Sentences, columns: Sequence[str]) -> int:
+    """Tokens that the encoder reads for a global batch, padding included; a column that stands twice counts twice."""
     rows = data.train.sources[0]
-    return data.train.batch_size * sum(column.length for column in rows.columns.values())
+    return data.train.batch_size * sum(rows.columns[name].length for name in columns)
 
 
 def say_example(data: Sentences, tokenizer: HFTokenizer) -> None:

@@ -121,7 +121,7 @@ def run(cfg: Config) -> Result:
     evaluate = None
     if pairs is not None:
         evaluate = make_scores(trainer, {DEV: lambda encoder: sts.scores(pairs, encoder.encode)})
-    result = trainer.train(loss_fn, data, evaluate)
+    result = trainer.train(loss_fn, columns, data, evaluate)
     folder = trainer.keep()
     if pairs is not None and jax.process_index() == 0:
         report(cfg, pairs, folder)

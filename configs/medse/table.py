@@ -1,0 +1,33 @@
+"""MED-SE beside plain SimCSE on the same texts, its start and TF-IDF: three seeds each, as a table.
+
+    jaxlm train --config configs/medse/table.py:DATA --config.base.init_from=path/to/all-MiniLM-L6-v2
+
+DATA as in small.py. No checkpoint is chosen: the scores are those of the last step, so that SimCSE may get worse.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(data: str = "data") -> ConfigDict:
+    """Six runs of two to five minutes."""
+    spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "small.py")
+    small = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small)
+    config = ConfigDict()
+    config.recipe = "sweep"
+    config.run_dir = "runs/medse_table"
+    config.base = small.get_config(data)
+    config.base.train = dict(num_steps=120, eval_every=None, checkpoint_every=None, log_every=20)
+    config.variants = [
+        dict(
+            name="SimCSE on the same texts",
+            changes=["definition_weight=0.0", "reworded_weight=0.0", "mask_related=False"],
+        ),
+        dict(name="MED-SE", changes=[]),
+    ]
+    config.metrics = ["definitions/recall@1", "definitions/recall@10", "definitions/mrr", "ehr_rel/spearman"]
+    config.rows = ["TF-IDF words", "TF-IDF characters", "start"]
+    return config
