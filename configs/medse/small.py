@@ -17,7 +17,9 @@ def get_config(data: str = "data") -> ConfigDict:
     config.recipe = "medse"
     config.run_dir = "runs/medse"
     config.init_from = "all-MiniLM-L6-v2"
-    config.data = dict(ontology=[f"{data}/disease_ontology"], batch_size=32, max_tokens=24, definition_tokens=48, window=6)
+    config.data = dict(
+        ontology=[f"{data}/disease_ontology"], batch_size=32, max_tokens=24, definition_tokens=48, window=6
+    )
     config.temperature = 0.05
     config.ehr_rel = f"{data}/ehr_rel/EHR-RelB.tsv"
     config.optim = dict(name="adamw", learning_rate=1e-4, warmup_steps=10, weight_decay=0.0, schedule="linear")

@@ -59,8 +59,16 @@ class SentenceConfig:
             raise ValueError("data.fields names no text of a row: expected at least one")
         if self.examples == "sentences" and self.score_field is not None:
             raise ValueError(f"data.score_field={self.score_field!r} is of tuples: set data.examples='tuples'")
+        weighted = [describe(source) for source in self.train if source.weight != 1]
+        if weighted:
+            raise ValueError(f"data.train: sources are read one after another, without weights; found {weighted}")
         if self.max_tokens < 3:
             raise ValueError(f"data.max_tokens={self.max_tokens}: expected at least 3, two of them special")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained on."""
+        return self.max_tokens
 
 
 class Example(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 
@@ -25,6 +26,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> HFTokenizer:
     least = 256 + len(SPECIAL)
     if vocab_size < least:
         raise ValueError(f"a byte-level vocabulary needs at least {least} ids, found vocab_size={vocab_size}")
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("a tokenizer is trained on texts, and there is none")
     names = list(SPECIAL.values())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -34,7 +39,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> HFTokenizer:
         vocab_size=vocab_size, special_tokens=names, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     begin, end = SPECIAL["bos_token"], SPECIAL["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B {end}",

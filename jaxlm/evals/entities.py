@@ -6,15 +6,15 @@ Lexical baselines stand beside both, as everywhere.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from jaxlm.evals import sts
-from jaxlm.evals.lexical import BASELINES, lexical_cosines, tfidf
+from jaxlm.evals.lexical import BASELINES, tfidf
 from jaxlm.evals.retrieval import cosine_ranks, mean_reciprocal_rank, ranks, recall_at
 from jaxlm.evals.sts import Encode, MissingFiles, Pairs
 
@@ -56,9 +56,8 @@ def read_ehr_rel(path: str | Path) -> Pairs:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
         try:
-            float(row["mean_rating"])
-            if not (row["snomed_label_1"] and row["snomed_label_2"]):
-                raise ValueError("an empty label")
+            if not math.isfinite(float(row["mean_rating"])) or not (row["snomed_label_1"] and row["snomed_label_2"]):
+                raise ValueError("an empty label, or a rating that is no number")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number}: expected {', '.join(COLUMNS)}, found {row}") from error
     return Pairs(
@@ -70,7 +69,7 @@ def read_ehr_rel(path: str | Path) -> Pairs:
 
 def relatedness(pairs: Pairs, encode: Encode) -> float:
     """Spearman, times 100, of the cosine of two labels with the rating."""
-    return sts.scores(pairs, encode, positive_above=np.inf)["spearman"]
+    return sts.spearman(pairs, encode)
 
 
 def lexical_scores(definitions: Definitions, pairs: Pairs | None) -> Mapping[str, dict[str, float]]:
@@ -81,7 +80,6 @@ def lexical_scores(definitions: Definitions, pairs: Pairs | None) -> Mapping[str
         x = tfidf([*definitions.names, *definitions.texts], terms)
         found = _scores(ranks((x[:n] @ x[n:].T).toarray(), np.arange(n)))
         rows[name] = {f"definitions/{metric}": value for metric, value in found.items()}
-        if pairs is not None:
-            cosine = lexical_cosines(pairs.first, pairs.second, terms)
-            rows[name]["ehr_rel/spearman"] = 100 * float(spearmanr(cosine, pairs.score).statistic)
+    for name, value in (sts.lexical_baselines(pairs) if pairs is not None else {}).items():
+        rows[name]["ehr_rel/spearman"] = value
     return rows

@@ -86,15 +86,25 @@ def scores(pairs: Pairs, encode: Encode, *, positive_above: float = 4.0) -> dict
 
     positive_above: pairs with a higher score are positives (STS: 4 of 5).
     """
-    vectors = sphere.unit(encode([*pairs.first, *pairs.second]))
-    first, second = vectors[: len(pairs.first)], vectors[len(pairs.first) :]
+    first, second = _unit(pairs, encode)
     cosine, close = np.sum(first * second, axis=1), pairs.score > positive_above
     return {
         "spearman": _correlation(spearmanr, cosine, pairs.score),
         "pearson": _correlation(pearsonr, cosine, pairs.score),
         "alignment": sphere.alignment(first[close], second[close]),
-        "uniformity": sphere.uniformity(vectors),
+        "uniformity": sphere.uniformity(np.concatenate([first, second])),
     }
+
+
+def spearman(pairs: Pairs, encode: Encode) -> float:
+    """Spearman, times 100, of the cosines with the scores; NaN where one side is constant."""
+    first, second = _unit(pairs, encode)
+    return _correlation(spearmanr, np.sum(first * second, axis=1), pairs.score)
+
+
+def _unit(pairs: Pairs, encode: Encode) -> tuple[np.ndarray, np.ndarray]:
+    vectors = sphere.unit(encode([*pairs.first, *pairs.second]))
+    return vectors[: len(pairs.first)], vectors[len(pairs.first) :]
 
 
 def lexical_baselines(pairs: Pairs) -> dict[str, float]:

@@ -55,7 +55,8 @@ def save(folder: str | Path, params: Params, cfg: DecoderConfig, *, dtype: Any =
 
     def config(stored: str) -> dict[str, Any]:
         # Without a head in its name: sentence-transformers takes the last token of what is called a language model.
-        named = {"architectures": [ARCHITECTURES[family]]}
+        # A language model made of this folder must not take the embeddings for a head.
+        named = {"architectures": [ARCHITECTURES[family]], "tie_word_embeddings": False}
         return hf_config.write(cfg, family, stored) | named | hf.special_ids(tokenizer)
 
     hf_files.write(

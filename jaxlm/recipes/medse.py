@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ from jaxlm.evals.entities import Definitions, lexical_scores, read_ehr_rel, rela
 from jaxlm.losses import info_nce
 from jaxlm.models.sentence_encoder import AnyConfig
 from jaxlm.recipes import sentences
-from jaxlm.recipes.medse_data import OntologyConfig, defined, make_med_rows, training_rows
+from jaxlm.recipes.medse_data import OntologyConfig, defined, make_med_rows, training_rows, whole
 from jaxlm.recipes.sentences import Trainer, make_scores
 from jaxlm.recipes.wiring import say
 from jaxlm.sharding.mesh import MeshConfig
@@ -88,7 +88,7 @@ def run(cfg: Config) -> Result:
     """Trains, evaluates, reports, and keeps the best encoder; started again on the same run folder, it resumes."""
     cfg = resolve(cfg)
     ontology = read_obo(cfg.data.ontology)
-    trainer = Trainer(cfg, sentences.tokenizer_of(cfg, ()))
+    trainer = Trainer(cfg, sentences.tokenizer_of(cfg, training_texts(cfg, ontology)))
     data = make_data(cfg, ontology, trainer)
     loss_fn = make_contrastive_loss(
         trainer.encode(), columns_of(cfg), partial(objective, cfg=cfg), chunk_size=cfg.chunk_size
@@ -103,14 +103,22 @@ def run(cfg: Config) -> Result:
     return result
 
 
+def training_texts(cfg: Config, ontology: Ontology) -> Iterator[str]:
+    """What a tokenizer may be trained on: names and definitions of the training part."""
+    for concept in defined(cfg.data, ontology, "train"):
+        term = ontology.terms[concept]
+        yield from (term.name, term.definition or "")
+
+
 def make_data(cfg: Config, ontology: Ontology, trainer: Trainer) -> Sentences:
     """The rows of training, in batches."""
     dictionary = Dictionary.of_ontology(ontology, ambiguous="leave_out")
     mask = trainer.tokenizer.special_tokens.get("mask_token")
     if mask is None:
         raise ValueError(f"the tokenizer {cfg.data.tokenizer!r} has no mask_token: MED-SE masks mentions by it")
-    rows = training_rows(cfg.data, ontology, dictionary, mask=mask)
     skipped = collections.Counter({"ambiguous forms": dictionary.num_ambiguous})
+    rows = training_rows(cfg.data, ontology, dictionary, mask=mask)
+    rows = whole(cfg.data, rows, trainer.tokenizer, skipped)
     return make_sentences(
         cfg.data, make_med_rows(cfg.data, rows, ontology, trainer.tokenizer), +skipped,
         process_index=jax.process_index(), process_count=jax.process_count(),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,19 @@ class OntologyConfig:
     epochs: int = 1
     num_threads: int = 2
 
+    def __post_init__(self) -> None:
+        shares = self.dev_share, self.test_share
+        if min(shares) <= 0 or sum(shares) >= 1:
+            raise ValueError(f"data.dev_share, test_share: expected positive shares, together below 1; found {shares}")
+        for name, least in (("window", 0), ("max_mentions", 0), ("max_tokens", 3), ("definition_tokens", 3)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: expected at least {least}, found {getattr(self, name)}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained on."""
+        return max(self.max_tokens, self.definition_tokens)
+
 
 class MedRow(NamedTuple):
     """A text that mentions the concept. masked: without the mention, where something is left. reworded: with another
@@ -65,7 +79,7 @@ def defined(cfg: OntologyConfig, ontology: Ontology, name: str) -> list[str]:
 
 
 def training_rows(cfg: OntologyConfig, ontology: Ontology, dictionary: Dictionary, *, mask: str) -> list[MedRow]:
-    """Every form of every concept of the training part by itself, and its mentions in the definitions of that part.
+    """Every form of every concept of the training part by itself, and its mentions in the definitions of the others.
 
     mask: the tokenizer's mask token. Concepts that are held out give no row, and neither do their definitions.
     """
@@ -76,7 +90,7 @@ def training_rows(cfg: OntologyConfig, ontology: Ontology, dictionary: Dictionar
     for owner in concepts:
         text = ontology.terms[owner].definition or ""
         for mention in dictionary.find(text):
-            if counts.get(mention.concept, cfg.max_mentions) < cfg.max_mentions:
+            if mention.concept != owner and counts.get(mention.concept, cfg.max_mentions) < cfg.max_mentions:
                 counts[mention.concept] += 1
                 rows.append(_mention(*cut_around(text, mention, cfg.window), dictionary, rng, mask))
     return rows
@@ -108,6 +122,22 @@ def cut_around(text: str, mention: Mention, words: int) -> tuple[str, Mention]:
     )
 
 
+def whole(
+    cfg: OntologyConfig, rows: Sequence[MedRow], tokenizer: HFTokenizer, skipped: collections.Counter[str]
+) -> list[MedRow]:
+    """The rows whose mask is within max_tokens; the others are counted. A rewording beyond that counts as none."""
+    encode = partial(tokenizer.encode_sentences, max_tokens=cfg.max_tokens)
+    masked, plain = encode([row.masked for row in rows]), encode([row.text for row in rows])
+    reworded = encode([row.reworded or row.text for row in rows])
+    kept = []
+    for row, with_mask, text, other in zip(rows, masked, plain, reworded):
+        if row.masked != row.text and tokenizer.mask_id not in with_mask:
+            skipped["mention beyond max_tokens"] += 1
+            continue
+        kept.append(row._replace(reworded=None) if np.array_equal(text, other) else row)
+    return kept
+
+
 def make_med_rows(
     cfg: OntologyConfig, rows: Sequence[MedRow], ontology: Ontology, tokenizer: HFTokenizer
 ) -> SentenceRows:
@@ -136,8 +166,3 @@ def make_med_rows(
         "has_reworded": np.array([row.reworded is not None for row in rows], np.float32),
     }
     return SentenceRows(columns, [row.concept for row in rows], tokenizer.pad_id, extra, "ontology")
-
-
-def fingerprint(ontology: Ontology) -> str:
-    """A hash of the terms."""
-    return hashlib.sha256(repr(sorted(ontology.terms.items())).encode()).hexdigest()[:16]

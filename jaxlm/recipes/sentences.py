@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlm.data.sentences import SentenceConfig, Sentences, sentence_tokenizer
 from jaxlm.data.tokenizer import HFTokenizer
+from jaxlm.evals import encoder_folder
 from jaxlm.evals.encode import POOLERS, Encoder, Pooling
 from jaxlm.losses.masking import mask_tokens
 from jaxlm.models import masked_lm, pooling, sentence_encoder
@@ -70,6 +72,8 @@ def resolve(cfg: Any) -> Any:
         )
     model = cfg.model or sentence_encoder.load_config(cfg.init_from)
     data = dataclasses.replace(cfg.data, tokenizer=cfg.data.tokenizer or cfg.init_from)
+    if cfg.model is not None and cfg.model.dropout not in (0.0, cfg.dropout):
+        raise ValueError(f"model.dropout={cfg.model.dropout} beside dropout={cfg.dropout}: set dropout alone")
     model = dataclasses.replace(model, dropout=cfg.dropout, scan_layers=cfg.scan_layers)
     return dataclasses.replace(cfg, model=model, data=data)
 
@@ -100,10 +104,10 @@ def check(cfg: SentenceRun) -> None:
     if cfg.model is None:
         return
     sentence_encoder.check_pooling(cfg.model, cfg.pooling)
-    if cfg.data.max_tokens > cfg.model.max_length:
+    if cfg.data.longest > cfg.model.max_length:
         raise ValueError(
-            f"data.max_tokens={cfg.data.max_tokens}, but the model ends at max_length={cfg.model.max_length}: shorten "
-            "the one or lengthen the other"
+            f"data: texts of {cfg.data.longest} tokens, but the model ends at max_length={cfg.model.max_length}: "
+            "shorten the one or lengthen the other"
         )
 
 
@@ -131,6 +135,7 @@ class Trainer:
     head: bool = False
 
     def __post_init__(self) -> None:
+        check(self.cfg)
         check_batch(self.mesh, batch_size=self.cfg.data.batch_size, sequence_length=1)
 
     @property
@@ -178,9 +183,17 @@ class Trainer:
     def encoder(self, params: Params) -> Encoder:
         """The encoder as its users will have it, with these parameters on the mesh."""
         return Encoder(
-            self.model, params, self.tokenizer, self.cfg.pooling, unit=True, max_tokens=self.cfg.data.max_tokens,
-            mesh=self.mesh,
-        )  # fmt: skip
+            self.model, params, self.tokenizer, self.cfg.pooling, unit=True, max_tokens=self.limit, mesh=self.mesh
+        )
+
+    @cached_property
+    def limit(self) -> int:
+        """Where the encoder cuts texts: where that of init_from does, or beyond the longest that it was trained on."""
+        if self.cfg.init_from is None:
+            return self.cfg.data.longest
+        return min(
+            encoder_folder.read(Path(self.cfg.init_from)).max_tokens or self.model.max_length, self.model.max_length
+        )
 
     def train(self, loss_fn: LossFn, columns: Sequence[str], data: Sentences, evaluate: Evaluate | None) -> Result:
         """Trains the encoder; started again on the same run folder, it resumes. columns: what the loss encodes."""
@@ -220,8 +233,10 @@ class Trainer:
     def keep(self) -> Path:
         """Writes the encoder of the best checkpoint (the newest, without a best_metric) to run_dir/encoder."""
         train_cfg, folder = self.cfg.train, Path(self.cfg.run_dir)
-        step = best_step(folder / "checkpoints", train_cfg.best_metric, train_cfg.best_mode)
-        out = folder / "encoder"
+        step, out = 0, folder / "encoder"
+        if jax.process_index() == 0:
+            step = best_step(folder / "checkpoints", train_cfg.best_metric, train_cfg.best_mode)
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         params = self.load(step)
         if jax.process_index() == 0:
             shutil.rmtree(out, ignore_errors=True)  # of the same run, when it was shorter
@@ -274,7 +289,8 @@ def say_example(data: Sentences, tokenizer: HFTokenizer) -> None:
 
 
 def write_results(run_dir: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes results.json: a row of scores for each system, `trained` being the run's own."""
+    """Writes results.json: the scores of each system, `trained` being the run's own; null for no number."""
     path = Path(run_dir) / RESULTS
-    path.with_suffix(".part").write_text(json.dumps(rows, indent=1) + "\n")
+    known = {row: {k: v if math.isfinite(v) else None for k, v in scores.items()} for row, scores in rows.items()}
+    path.with_suffix(".part").write_text(json.dumps(known, indent=1) + "\n")
     path.with_suffix(".part").replace(path)

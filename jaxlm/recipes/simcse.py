@@ -8,7 +8,7 @@ Supervised ("tuples" of an anchor, its positive, and any number of hard negative
 pairs and their gold scores: CoSENT, AnglE, or the squared error of the cosine.
 
 Deviations: the negatives are those of all devices with gradients through all (the released code's gathered ones carry
-none); sentences of the evaluation are left out of the training; repeated sentences are one row; the head is dropped
+none); unsupervised, sentences of the evaluation are left out and repeated ones are one row; the head is dropped
 at test time in supervised runs too, where the paper keeps it.
 """
 
@@ -53,13 +53,13 @@ class Config:
 
     model, init_from: the fields of an encoder or a decoder, or a Hugging Face folder of either to start from (a decoder
     is causal: pooling last or mean, and no head beside it). loss: simcse, or for scored pairs cosent, angle, cosine_mse
-    (scores divided by score_scale). dropout: of the model while it trains. scan_layers: one program for all layers,
-    which compiles faster and, on a CPU, trains half as fast. one_mask: both views under the same dropout mask, the
-    paper's ablation. train_head: BERT's dense layer and tanh over the pooled state while training; the vectors that are
-    kept are without. matryoshka: prefix lengths trained too. masked_lm_weight: of the masked-LM loss on the first
-    column, beside (the paper: 0.1). chunk_size: sentences encoded at a time, see `jaxlm.train.gradient_cache`. dev:
-    STS-B's dev file, evaluated on the way as dev/spearman, dev/pearson, dev/alignment, dev/uniformity
-    (train.best_metric may name one).
+    (the scale of the first two is 1 / temperature; the last divides scores by score_scale). dropout: of the model while
+    it trains. scan_layers: one program for all layers, which compiles faster and, on a CPU, trains half as fast.
+    one_mask: both views under the same dropout mask, the paper's ablation. train_head: BERT's dense layer and tanh over
+    the pooled state while training; the vectors that are kept are without. matryoshka: prefix lengths trained beside
+    the whole. masked_lm_weight: of the masked-LM loss on the first column, beside (the paper: 0.1). chunk_size:
+    sentences encoded at a time, see `jaxlm.train.gradient_cache`. dev: STS-B's dev file, evaluated on the way as
+    dev/spearman, dev/pearson, dev/alignment, dev/uniformity (train.best_metric may name one).
     """
 
     run_dir: str
@@ -95,6 +95,14 @@ class Config:
             raise ValueError(f"data.fields={self.data.fields}: expected two texts a row{'' if scored else ' or more'}")
         if isinstance(self.model, DecoderConfig) and (self.train_head or self.masked_lm_weight):
             raise ValueError("train_head and masked_lm_weight are of encoders, the model is a decoder: leave them out")
+        if self.one_mask and self.data.examples != "sentences":
+            raise ValueError(
+                "one_mask is of the two views of a sentence: leave it out, or set data.examples='sentences'"
+            )
+        if self.masked_lm_weight and self.chunk_size is not None:
+            raise ValueError("masked_lm_weight reads the whole batch at once: leave chunk_size out, or the weight 0")
+        if self.train.best_metric is not None and self.dev is None:
+            raise ValueError(f"train.best_metric={self.train.best_metric!r} needs an evaluation: give dev, or set None")
         if self.train_head and isinstance(self.model, EncoderConfig) and not self.model.head:
             raise ValueError("train_head needs parameters for it: set model.head=True")
         if self.masked_lm_weight and isinstance(self.model, EncoderConfig) and self.model.masked_lm is None:
@@ -131,13 +139,15 @@ def run(cfg: Config) -> Result:
 def make_objective(cfg: Config) -> Objective:
     """Vectors of the columns to the loss of each row (or of the batch), and what the batch looks like."""
     if cfg.loss in SCORED:
-        return partial(scored, loss=_prefixes(cfg, SCORED[cfg.loss]), scale=cfg.score_scale)
+        scale = {} if cfg.loss == "cosine_mse" else {"scale": 1 / cfg.temperature}
+        return partial(scored, loss=_prefixes(cfg, partial(SCORED[cfg.loss], **scale)), score_scale=cfg.score_scale)
     loss = partial(simcse, temperature=cfg.temperature, hard_negative_weight=cfg.hard_negative_weight)
     return partial(contrast, loss=_prefixes(cfg, loss))
 
 
 def _prefixes(cfg: Config, loss: Callable[..., Array]) -> Callable[..., Array]:
-    return matryoshka(loss, dims=cfg.matryoshka) if cfg.matryoshka else loss
+    assert cfg.model is not None  # resolve
+    return matryoshka(loss, dims=(*cfg.matryoshka, cfg.model.width)) if cfg.matryoshka else loss
 
 
 def contrast(vectors: Sequence[Array], batch: Batch, *, loss: Callable[..., Array]) -> tuple[Array, Metrics]:
@@ -148,24 +158,24 @@ def contrast(vectors: Sequence[Array], batch: Batch, *, loss: Callable[..., Arra
 
 
 def scored(
-    vectors: Sequence[Array], batch: Batch, *, loss: Callable[..., Array], scale: float
+    vectors: Sequence[Array], batch: Batch, *, loss: Callable[..., Array], score_scale: float
 ) -> tuple[Array, Metrics]:
     """Pairs against their gold scores."""
-    return loss(*vectors, score=batch["score"] / scale), {}
+    return loss(*vectors, score=batch["score"] / score_scale), {}
 
 
 def report(cfg: Config, pairs: sts.Pairs, folder: Path) -> None:
     """Says what the kept encoder reaches on the dev set beside the lexical baselines, and draws its way there."""
-    trained = Encoder.load(folder)
-    result = sts.evaluate("STS-B dev", pairs, trained.encode)
-    say(sts.table([result]))
-    rows = {"trained": sts.scores(pairs, trained.encode)}
-    rows |= {name: {"spearman": value} for name, value in result.baselines.items()}
+    scores, baselines = sts.scores(pairs, Encoder.load(folder).encode), sts.lexical_baselines(pairs)
+    pearson = scores["pearson"]
+    say(sts.table([sts.Result("STS-B dev", len(pairs.first), pairs.unrated, scores["spearman"], pearson, baselines)]))
+    rows = {"trained": scores} | {name: {"spearman": value} for name, value in baselines.items()}
     run_dir = Path(cfg.run_dir)
     points = sphere_points(run_dir / "metrics.jsonl", DEV)
     if points:
-        rows["start"] = points[0]
         say(f"alignment and uniformity: {plot_sphere(run_dir / 'metrics.jsonl', run_dir / 'sphere.png', prefix=DEV)}")
+    if points and points[0]["step"] == 0:
+        rows["start"] = {k: v for k, v in points[0].items() if k != "step"}
     sentences.write_results(
         cfg.run_dir, {name: {f"{DEV}/{k}": v for k, v in row.items()} for name, row in rows.items()}
     )

@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import ml_collections
 import numpy as np
 
-from jaxlm.recipes.config import override, to_dataclass
+from jaxlm.recipes.config import override, to_dataclass, to_dict
 from jaxlm.recipes.sentences import RESULTS
 from jaxlm.recipes.wiring import say
+from jaxlm.train.record import FILE, check_resumable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Config:
     seed_fields: tuple[str, ...] = ("train.seed", "data.seed")
     rows: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        folders = [folder_of(variant) for variant in self.variants]
+        if not folders or len(set(folders)) < len(folders) or not self.seeds:
+            raise ValueError(f"a sweep needs seeds, and variants that its folders tell apart; found {folders}")
+
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -64,14 +71,23 @@ def shrink(cfg: Config) -> Config:
 
 
 def run(cfg: Config) -> dict[str, list[Results]]:
-    """Runs what has not finished yet, and prints and writes the table."""
+    """Runs what has not finished yet, and prints and writes the table.
+
+    Raises ValueError if a run that has finished there had another config, and on several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("a sweep runs in one process: on several hosts, start its runs one by one")
     found: dict[str, list[Results]] = {variant.name: [] for variant in cfg.variants}
     for seed in cfg.seeds:
         for variant in cfg.variants:
-            folder = Path(cfg.run_dir) / f"{re.sub('[^a-z0-9.]+', '_', variant.name.lower())}-{seed}"
-            if not (folder / RESULTS).is_file():
+            folder = Path(cfg.run_dir) / f"{folder_of(variant)}-{seed}"
+            recipe, run_config = _configured(cfg, variant.changes, seed, folder)
+            if (folder / RESULTS).is_file():
+                recorded = json.loads((folder / FILE).read_text())["config"]
+                check_resumable(recorded, to_dict(recipe.resolve(run_config)), may_change=())
+            else:
                 say(f"=== {variant.name}, seed {seed}: {folder}")
-                _run(cfg, variant.changes, seed, folder)
+                recipe.run(run_config)
             found[variant.name].append(json.loads((folder / RESULTS).read_text()))
     text = table(found, metrics=cfg.metrics, rows=cfg.rows)
     (Path(cfg.run_dir) / "table.md").write_text(text)
@@ -79,12 +95,22 @@ def run(cfg: Config) -> dict[str, list[Results]]:
     return found
 
 
-def _run(cfg: Config, changes: Sequence[str], seed: int, folder: Path) -> None:
+def folder_of(variant: Variant) -> str:
+    """The name of the variant's folders.
+
+    >>> folder_of(Variant("Temperature 0.05, no mask"))
+    'temperature_0.05_no_mask'
+    """
+    return re.sub("[^a-z0-9.]+", "_", variant.name.lower())
+
+
+def _configured(cfg: Config, changes: Sequence[str], seed: int, folder: Path) -> tuple[Any, Any]:
+    """The recipe, and the config of one run."""
     values = ml_collections.ConfigDict(copy.deepcopy(cfg.base))
     for change in [*changes, *(f"{field}={seed}" for field in cfg.seed_fields), f"run_dir={folder}"]:
         override(values, change)
     recipe = importlib.import_module(f"jaxlm.recipes.{values.recipe}")
-    recipe.run(to_dataclass(recipe.Config, values))
+    return recipe, to_dataclass(recipe.Config, values)
 
 
 def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], rows: Sequence[str]) -> str:
@@ -99,7 +125,7 @@ def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], row
     lines = [f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     first = next(iter(found.values()))[0]
     for row in rows:
-        cells = [f"{first[row][m]:.2f}" if m in first[row] else "" for m in metrics]
+        cells = [_cell([first[row].get(m)]) for m in metrics]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     for name, results in found.items():
         cells = [_cell([r["trained"][m] for r in results]) for m in metrics]
@@ -107,8 +133,9 @@ def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], row
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
+def _cell(found: Sequence[float | None]) -> str:
+    values = [value for value in found if value is not None]
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
     spread = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     return f"{spread} ({min(values):.2f} to {max(values):.2f})"

@@ -186,16 +186,21 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
 
 
 def best_step(directory: str | os.PathLike[str], metric: str | None, mode: Literal["min", "max"]) -> int:
-    """The saved step that is best by a metric, or the newest for None; ValueError if no step has it."""
+    """The saved step that is best by a metric (of equal ones the first), or the newest for None.
+
+    Raises ValueError if no step has the metric. On several processes, ask on one: the others may still find steps that
+    are about to be deleted.
+    """
     steps = all_steps(directory)
-    if metric is not None:
+    if metric is None:
+        scores = {step: float(step) for step in steps}
+    else:
         found = {step: load_record(directory, step)["metrics"] for step in steps}
-        steps = [step for step in steps if metric in found[step]]
         sign = {"min": -1.0, "max": 1.0}[mode]
-        steps.sort(key=lambda step: sign * found[step][metric])
-    if not steps:
+        scores = {step: sign * found[step][metric] for step in steps if metric in found[step]}
+    if not scores:
         raise ValueError(f"{_folder(directory)}: no checkpoint" + ("" if metric is None else f" has {metric!r}"))
-    return steps[-1]
+    return max(scores, key=lambda step: scores[step])
 
 
 def load_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:

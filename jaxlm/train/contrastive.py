@@ -16,6 +16,8 @@ from jaxlm.typing import Array, Batch, Float, Key, LossFn, Metrics, Params
 Objective = Callable[[Sequence[Float[Array, "B E"]], Batch], tuple[Float[Array, "..."], Metrics]]
 """(vectors of each column, batch) -> (losses [B] or one number for the whole batch, metrics)."""
 
+_MORE = 1 << 20  # beyond any column's place, which the keys are folded with
+
 
 def encode_columns(
     encode: EncodeFn,
@@ -79,7 +81,7 @@ def make_contrastive_loss(
     """A loss for the trainer: the objective on the vectors of the columns, weighted by the rows of the batch.
 
     The negatives are the whole batch on every device; a batch must therefore be one micro-batch. more: a further loss
-    on the same batch and keys, whose mean is added (masked words, say).
+    on the same batch, with keys of its own, whose mean is added (masked words, say).
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "B"] | None) -> tuple[Array, Array, Metrics]:
@@ -88,7 +90,8 @@ def make_contrastive_loss(
         rows = jnp.float32(vectors[0].shape[0])
         total = jnp.mean(losses)
         if more is not None:
-            added, weight, others = more(params, batch, key)
+            own = None if key is None else jax.vmap(jax.random.fold_in, (0, None))(key, _MORE)
+            added, weight, others = more(params, batch, own)
             total, metrics = total + added / jnp.maximum(weight, 1), metrics | others
         return total * rows, rows, {"loss": (total * rows, rows)} | metrics
 

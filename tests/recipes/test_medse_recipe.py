@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,7 +20,15 @@ from jaxlm.evals import entities
 from jaxlm.losses import info_nce
 from jaxlm.models.config import EncoderConfig
 from jaxlm.recipes import medse
-from jaxlm.recipes.medse_data import OntologyConfig, defined, make_med_rows, part, training_rows
+from jaxlm.recipes.medse_data import (
+    MedRow,
+    OntologyConfig,
+    defined,
+    make_med_rows,
+    part,
+    training_rows,
+    whole,
+)
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.optim import OptimConfig
 
@@ -74,7 +83,11 @@ def test_concepts_that_are_held_out_give_neither_texts_nor_definitions(folder, r
     assert sorted(c for p in parts.values() for c in p) == sorted(ontology.terms) and all(parts.values())
     held_out = {ontology.terms[c].definition for name in ("heldout", "test") for c in parts[name]}
     assert {part(cfg, row.concept) for row in found} == {"train"}
-    assert not held_out & {row.text for row in found}
+    assert not any(definition in text for definition in held_out for row in found for text in row[:2])
+    made = make_med_rows(cfg, found, ontology, train_bpe(["x"], vocab_size=261))
+    own = [ontology.terms[row.concept].definition for row in found]
+    lengths = [len(ids) for ids in made.columns["definition"].tokens]
+    assert lengths == [min(len(text) + 3, cfg.definition_tokens) for text in own]  # bytes, a space before, two special
 
 
 def test_a_mention_is_masked_and_reworded_and_no_concept_has_too_many(folder, rows):
@@ -115,6 +128,17 @@ def test_related_concepts_are_no_negatives_and_the_terms_add_up(folder, rows):
         values, nce(x, again) + 2 * nce(masked, definition) + 0.5 * has * nce(x, reworded), rtol=1e-5
     )
     assert medse.columns_of(dataclasses.replace(cfg, definition_weight=0, reworded_weight=0)) == ("text", "text")
+
+
+def test_a_row_whose_mask_is_cut_away_is_counted_and_a_lost_rewording_is_none(folder):
+    tokenizer, skipped = train_bpe(["x"], vocab_size=261), Counter()
+    rows = [
+        MedRow("a cancer", "a <mask>", "a growth", "K:0"),
+        MedRow("a very long way to a cancer", "a very long way to a <mask>", "a very long way to a growth", "K:0"),
+        MedRow("a very long way to it, cancer", "a very long way to it, cancer", "a very long way to it, x", "K:0"),
+    ]
+    kept = whole(data_config(folder, max_tokens=16), rows, tokenizer, skipped)
+    assert kept == [rows[0], rows[2]._replace(reworded=None)] and skipped == {"mention beyond max_tokens": 1}
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def config(folder: Path, dev: str | None, **changes) -> simcse.Config:
         tokenizer="bpe:320", max_tokens=16, batch_size=8, epochs=9, num_threads=0,
     )  # fmt: skip
     optim = OptimConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0)
-    plain = dict(run_dir=str(folder), data=data, train=TRAIN, optim=optim, model=MODEL, dev=dev)
+    train = TRAIN if dev is not None else dataclasses.replace(TRAIN, best_metric=None)
+    plain = dict(run_dir=str(folder), data=data, train=train, optim=optim, model=MODEL, dev=dev)
     return simcse.Config(**plain | changes)
 
 
@@ -196,12 +197,18 @@ def test_a_sweep_runs_what_is_missing_and_makes_a_table(tmp_path, dev, capsys):
     assert "| TF-IDF words | " in text and " ± " in text
     capsys.readouterr()
     assert sweep.run(cfg) == found and "===" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"temperature: 0.05 -> 0.1"):
+        sweep.run(dataclasses.replace(cfg, base=base | {"temperature": 0.1}))
+    with pytest.raises(ValueError, match="variants that its folders tell apart"):
+        dataclasses.replace(cfg, variants=(sweep.Variant("Tau 1"), sweep.Variant("tau=1")))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(loss="cosent"), "loss='cosent' with data.score_field=None: expected simcse"),
+        (dict(train=TRAIN), "needs an evaluation"),
+        (dict(masked_lm_weight=0.1, chunk_size=4), "leave chunk_size out"),
         (dict(train_head=True), "model.head=True"),
         (dict(masked_lm_weight=0.1), "masked_lm_weight needs parameters"),
         (dict(model=DECODER, masked_lm_weight=0.1), "of encoders, the model is a decoder: leave them out"),

@@ -30,6 +30,10 @@ class Tables:
         first = 0 if columns else 1
         self._ends = np.cumsum([max(len(self._table(f.path)) - first, 0) for f in self.files], dtype=np.int64)
         self._first = first
+        for file in self.files if first else []:
+            names = self._table(file.path)[0][1] if self._table(file.path) else []
+            if len(set(names)) < len(names):
+                raise ValueError(f"{file.path}: a column name stands twice in {', '.join(names)}: rename one")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -69,7 +73,7 @@ def _table(path: Path, *, dialect: Dialect) -> list[tuple[int, list[str]]]:
         raise ValueError(f"{path}:{line}: expected UTF-8: {error.reason} (write the file again as UTF-8)") from error
     if dialect == "tsv":
         lines = enumerate(text.split("\n"), 1)
-        return [(n, line.removesuffix("\r").split("\t")) for n, line in lines if line.strip()]
+        return [(n, line.removesuffix("\r").split("\t")) for n, line in lines if line.strip(" \r")]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         return [(reader.line_num, row) for row in reader if row]
