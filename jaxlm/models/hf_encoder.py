@@ -50,9 +50,15 @@ def save(
 ) -> None:
     """Writes a folder that transformers and `load` read; arguments and errors as in `jaxlm.models.hf.save`."""
     chosen = family or _infer_family(cfg)
+
+    def config(stored: str) -> dict[str, Any]:
+        written, pad = write_config(cfg, chosen, stored), getattr(tokenizer, "pad_id", None)
+        # RoBERTa's padding id says where its positions begin, so it is not the tokenizer's to choose.
+        return written if pad is None or chosen == "roberta" else written | {"pad_token_id": pad}
+
     hf_files.write(
-        Path(folder), params, layout(chosen, cfg), lambda stored: write_config(cfg, chosen, stored), dtype=dtype,
-        max_shard_bytes=max_shard_bytes, tokenizer=tokenizer,
+        Path(folder), params, layout(chosen, cfg), config, dtype=dtype, max_shard_bytes=max_shard_bytes,
+        tokenizer=tokenizer,
     )  # fmt: skip
 
 

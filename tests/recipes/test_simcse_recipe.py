@@ -78,6 +78,8 @@ def test_a_run_spreads_the_vectors_and_leaves_an_encoder_and_its_scores(whole):
     assert results["trained"]["dev/uniformity"] == pytest.approx(best["dev/uniformity"], abs=1e-4)
     vectors = Encoder.load(whole / "encoder").encode(SENTENCES[:2])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    exported = json.loads((whole / "encoder" / "config.json").read_text())
+    assert exported["pad_token_id"] == Encoder.load(whole / "encoder").tokenizer.pad_id == 1
     assert (whole / "sphere.png").read_bytes().startswith(b"\x89PNG")
 
 
