@@ -6,6 +6,8 @@
                                                                       a pod's config, in seconds, on this CPU
   jaxlm train --config configs/dpo/hh_small.py:pairs.jsonl.gz --config.losses.0.options.beta=0.05
                                                                       DPO on pairs; other losses by their name
+  jaxlm train --config configs/simcse/unsup.py:DATA --config.temperature=0.1
+                                                                      an encoder of sentences, by contrast
   jaxlm train --config configs/quickstart.py --shrink --debug --no-jit    plain Python stepping, for print and pdb
 
 Every field of the config can be set as --config.group.field=value (a Python literal, or a string); an unknown field is
