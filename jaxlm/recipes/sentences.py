@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
