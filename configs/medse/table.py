@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(data: str = "data") -> ConfigDict:
-    """Six runs of two to five minutes."""
+    """Six runs of two to four minutes."""
     spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "small.py")
     small = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(small)
@@ -20,7 +20,7 @@ def get_config(data: str = "data") -> ConfigDict:
     config.recipe = "sweep"
     config.run_dir = "runs/medse_table"
     config.base = small.get_config(data)
-    config.base.train = dict(num_steps=120, eval_every=None, checkpoint_every=None, log_every=20)
+    config.base.train = dict(num_steps=80, eval_every=None, checkpoint_every=None, log_every=20)
     config.variants = [
         dict(
             name="SimCSE on the same texts",
