@@ -215,7 +215,7 @@ def test_a_sweep_runs_what_is_missing_and_makes_a_table(tmp_path, dev, capsys):
         (dict(masked_lm_weight=0.1), "masked_lm_weight needs parameters"),
         (dict(model=DECODER, masked_lm_weight=0.1), "of encoders, the model is a decoder: leave them out"),
         (dict(model=DECODER, pooling="cls"), "pooling='cls' takes the first token's state, and in a causal model"),
-        (dict(model=dataclasses.replace(MODEL, max_length=8)), "max_tokens=16, but the model ends at max_length=8"),
+        (dict(model=dataclasses.replace(MODEL, max_length=8)), "texts of 16 tokens, but the model ends at max_length=8"),
         (dict(train=TrainConfig(num_steps=2, num_microbatches=2)), "would leave each part its own negatives"),
     ],
 )
