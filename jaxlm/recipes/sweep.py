@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxlm.recipes.config import override, to_dataclass, to_dict
 from jaxlm.recipes.sentences import RESULTS
+from jaxlm.recipes.shrink import shrink as shrink_model
 from jaxlm.recipes.wiring import say
 from jaxlm.train.record import FILE, check_resumable
 
@@ -66,8 +67,10 @@ def resolve(cfg: Config) -> Config:
 
 
 def shrink(cfg: Config) -> Config:
-    """Refused: the base can be shrunk by itself."""
-    raise ValueError("a sweep is not shrunk: give --shrink to the config that is its base")
+    """The same variants of a base that its own recipe made small, for one seed."""
+    recipe, base = _configured(cfg, (), cfg.seeds[0], Path(cfg.run_dir))
+    shrunk = getattr(recipe, "shrink", shrink_model)(recipe.resolve(base))
+    return dataclasses.replace(cfg, run_dir=shrunk.run_dir, base=to_dict(shrunk), seeds=cfg.seeds[:1])
 
 
 def run(cfg: Config) -> dict[str, list[Results]]:

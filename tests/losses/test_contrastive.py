@@ -85,6 +85,7 @@ def test_zero_and_equal_vectors_have_finite_gradients():
             assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.slow
 def test_gradients_are_numerical_derivatives():
     x, y, n = (vectors(4, 4, seed=i) for i in range(3))
     mask = jnp.asarray(np.random.default_rng(5).random((4, 8)) > 0.3)

@@ -153,7 +153,7 @@ def test_scanning_equals_unrolling(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", "modernbert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "distilbert"))],
+    "family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("modernbert", "roberta", "distilbert"))],
     indirect=True,
 )  # fmt: skip
 def test_a_mesh_gives_the_numbers_of_one_device(family):

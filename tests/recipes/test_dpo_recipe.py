@@ -101,6 +101,7 @@ def test_cached_and_live_references_give_the_same_numbers(whole, kind):
             assert a.get(loss, 0.0) == pytest.approx(b.get(loss, 0.0), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_adapters_hold_adapters_alone(whole):
     cfg, result = whole("lora_live")
     saved = {leaf for leaf in manifest(cfg) if not leaf.startswith("counters/")}

@@ -56,6 +56,7 @@ def columns(params, batch, keys, names, chunk_size=None, one_mask=False):
     return encode_columns(ENCODE, params, batch, keys, names, chunk_size=chunk_size, one_mask=one_mask)
 
 
+@pytest.mark.slow
 def test_every_column_is_what_the_encoder_gives_for_it_alone(params, batch):
     found = columns(params, batch, None, NAMES)
     for name, vectors in zip(NAMES, found, strict=True):
@@ -99,6 +100,7 @@ def test_a_mesh_has_the_negatives_of_the_whole_batch_and_its_gradient(params, ba
         np.testing.assert_allclose(a, b, atol=1e-6 * scale)
 
 
+@pytest.mark.slow
 def test_a_further_loss_is_added_as_a_mean_and_the_metrics_say_both(params, batch):
     def more(params, batch, key):
         return jnp.float32(6), jnp.float32(3), {"further": (jnp.float32(6), jnp.float32(3))}

@@ -44,6 +44,7 @@ def batch(rows=slice(None)):
     return {"tokens": jnp.asarray(tokens)[rows], "segments": jnp.asarray(segments)[rows]}
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_batch_add_up_to_it(params):
     keys = jax.random.split(jax.random.key(1), 8)
     (total, (weight, metrics)), grads = value_and_grad(params, batch(), keys)

@@ -85,7 +85,13 @@ def test_bad_steps_are_remembered_over_a_stop(tmp_path):
     assert comparable(tmp_path / "whole") == comparable(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("first, second", [("one", "sharded"), ("sharded", "one"), ("eight", "sharded")])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("one", "sharded"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sharded", "one"), ("eight", "sharded"))),
+    ],
+)
 def test_another_device_count_goes_on_to_the_same_numbers(tmp_path, whole, first, second):
     stop_at(tmp_path, 13, **MESHES[first])
     result = tiny_run(tmp_path, **MESHES[second])
