@@ -5,21 +5,19 @@
 DATA as in small.py. No checkpoint is chosen: the scores are those of the last step, so that SimCSE may get worse.
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from jaxlm.recipes.config import load_config
+
 
 def get_config(data: str = "data") -> ConfigDict:
     """Six runs of two to four minutes."""
-    spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "small.py")
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
     config = ConfigDict()
     config.recipe = "sweep"
     config.run_dir = "runs/medse_table"
-    config.base = small.get_config(data)
+    config.base = load_config(f"{Path(__file__).parent / 'small.py'}:{data}")
     config.base.train = dict(num_steps=80, eval_every=None, checkpoint_every=None, log_every=20)
     config.variants = [
         dict(

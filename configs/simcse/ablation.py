@@ -6,21 +6,19 @@ DATA as in unsup.py. The paper's figures (BERT base, STS-B dev): dropout 0, 0.1 
 temperatures 0.001, 0.01, 0.05, 0.1, 1 (supervised) 84.9, 85.4, 86.2, 82.0, 64.0.
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from jaxlm.recipes.config import load_config
+
 
 def get_config(data: str = "data") -> ConfigDict:
     """Eighteen runs of about a minute."""
-    spec = importlib.util.spec_from_file_location("unsup", Path(__file__).parent / "unsup.py")
-    unsup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unsup)
     config = ConfigDict()
     config.recipe = "sweep"
     config.run_dir = "runs/simcse_ablation"
-    config.base = unsup.get_config(data)
+    config.base = load_config(f"{Path(__file__).parent / 'unsup.py'}:{data}")
     config.variants = [
         dict(name="temperature 0.05, dropout 0.1", changes=[]),
         dict(name="temperature 0.01", changes=["temperature=0.01"]),

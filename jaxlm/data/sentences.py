@@ -24,7 +24,7 @@ from jaxlm.data.tokenizer_bpe import train_bpe
 from jaxlm.data.tokenizer_hf import HFTokenizer
 
 LENGTH_STEP = 8
-"""Lengths of columns are multiples of this."""
+"""Lengths are rounded up to a multiple of this: a program is compiled for each, and padding is computed."""
 
 TEXT = "text"
 """The column of data.examples="sentences"."""

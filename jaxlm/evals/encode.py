@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from jaxlm.data.sentences import LENGTH_STEP
 from jaxlm.data.tokenizer_hf import HFTokenizer
 from jaxlm.evals import encoder_folder
 from jaxlm.evals.encoder_folder import Pooling
@@ -29,8 +30,6 @@ POOLERS: dict[str, Callable[[Array, Array], Array]] = {
     "cls": pooling.first,
     "last": pooling.last,
 }
-# Lengths are rounded up to a multiple of this: a program is compiled for each, and padding is computed.
-LENGTH_STEP = 8
 
 
 @dataclasses.dataclass(frozen=True)

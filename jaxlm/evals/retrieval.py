@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxlm.evals.sphere import unit
+
 # Cosines of float32 vectors that lie closer are ties: what tells them apart is rounding.
 COSINE_TOLERANCE = 1e-6
 
@@ -144,5 +146,4 @@ def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"{name}: expected vectors [count, width], found shape {vectors.shape}")
     if not np.isfinite(vectors).all():
         raise ValueError(f"{name}: vector {int((~np.isfinite(vectors)).any(1).argmax())} is not finite: no cosine")
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+    return unit(vectors).astype(np.float32)

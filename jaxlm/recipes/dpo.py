@@ -44,6 +44,7 @@ from jaxlm.recipes.wiring import (
     say_continuations,
     set_up,
     show_start,
+    throughput,
     train_parameters,
 )
 from jaxlm.sharding.mesh import MeshConfig
@@ -144,9 +145,13 @@ def run(cfg: Config) -> Result:
     eval_step = make_preference_eval(score, objective, policy=policy, reference=reference)
     result = train_parameters(
         cfg,
-        s,
         trained,
         make_preference_loss(scorer, objective, policy=policy, reference=reference),
+        mesh=s.mesh,
+        data=s.data,
+        place=s.place,
+        speed=throughput(cfg.data, s.model, spec, s.mesh),
+        row_keys=s.model.dropout > 0,
         initial=lambda: initial_params(cfg.init_from) if cfg.lora is None else None,
         evaluate=make_evaluate(
             eval_step, heldout, place=s.place, params_of=lambda state: (averaged(state), state.frozen), jit=False

@@ -29,6 +29,7 @@ from jaxlm.recipes.wiring import (
     say_continuations,
     set_up,
     show_start,
+    throughput,
     train_parameters,
 )
 from jaxlm.sharding.mesh import MeshConfig
@@ -74,9 +75,13 @@ def run(cfg: Config) -> Result:
     heldout = heldout_batches(cfg.data, s.data)
     result = train_parameters(
         cfg,
-        s,
         spec,
         loss_fn,
+        mesh=s.mesh,
+        data=s.data,
+        place=s.place,
+        speed=throughput(cfg.data, s.model, spec, s.mesh),
+        row_keys=s.model.dropout > 0,
         initial=partial(initial_params, cfg.init_from),
         evaluate=make_evaluate(make_eval_step(loss_fn), heldout, place=s.place, params_of=averaged)
         if heldout

@@ -25,26 +25,21 @@ from jaxlm.models import masked_lm, pooling, sentence_encoder
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig, EncoderConfig
 from jaxlm.models.sentence_encoder import AnyConfig
-from jaxlm.recipes.config import to_dict
 from jaxlm.recipes.describe import parameter_table
 from jaxlm.recipes.shrink import fold_mesh, shrink_decoder, shrink_encoder, shrink_train
-from jaxlm.recipes.wiring import averaged, say
+from jaxlm.recipes.wiring import averaged, say, train_parameters
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
 from jaxlm.sharding.rules import param_shardings
-from jaxlm.train import flops
 from jaxlm.train.checkpoint import best_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.contrastive import make_encode
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.gradient_cache import EncodeFn
-from jaxlm.train.loop import Result, train
+from jaxlm.train.loop import Result
 from jaxlm.train.masked_lm import make_masked_lm_loss
-from jaxlm.train.optim import OptimConfig, make_optimizer
+from jaxlm.train.optim import OptimConfig
 from jaxlm.train.progress import Throughput
-from jaxlm.train.record import make_record
-from jaxlm.train.state import abstract_state, init_state
-from jaxlm.train.step import make_train_step
 from jaxlm.typing import Array, LossFn, Params
 
 RESULTS = "results.json"
@@ -201,35 +196,20 @@ class Trainer:
         cfg, spec = self.cfg, sentence_encoder.spec(self.model)
         say(parameter_table(spec, param_shardings(spec, self.mesh)))
         say_example(data, self.tokenizer)
-        optimizer, schedule = make_optimizer(
-            cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
-        )
-        ema = cfg.train.ema_decay is not None
         data.train.require(cfg.train.num_steps)
 
-        def first_state() -> Any:
-            params = None if cfg.init_from is None else sentence_encoder.load(cfg.init_from)[1]
-            return init_state(jax.random.key(cfg.train.seed), spec, optimizer, mesh=self.mesh, ema=ema, params=params)
-
-        return train(
-            cfg.train,
-            run_dir=cfg.run_dir,
-            init_state=first_state,
-            abstract_state=abstract_state(spec, optimizer, mesh=self.mesh, ema=ema),
-            train_step=make_train_step(
-                loss_fn, optimizer, seed=cfg.train.seed, schedule=schedule, ema_decay=cfg.train.ema_decay,
-                dropout=True,  # the keys that masked words need too; an encoder without dropout ignores them
-            ),
-            batches=partial(data.train.batches, num_threads=cfg.data.num_threads),
+        return train_parameters(
+            cfg,
+            spec,
+            loss_fn,
+            mesh=self.mesh,
+            data=data,
             place=partial(shard_rows, mesh=self.mesh),
+            initial=lambda: None if cfg.init_from is None else sentence_encoder.load(cfg.init_from)[1],
             evaluate=evaluate,
-            record=make_record(
-                to_dict(cfg), mesh=self.mesh, data_fingerprint=data.fingerprint, flop_definition=flops.DEFINITION
-            ),
-            batch_indices=data.train.indices,
-            throughput=Throughput(tokens_per_step(data, columns)),
-            constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
-        )  # fmt: skip
+            speed=Throughput(tokens_per_step(data, columns)),
+            row_keys=True,  # masked words need them too; a model without dropout ignores them
+        )
 
     def keep(self) -> Path:
         """Writes the encoder of the best checkpoint (the newest, without a best_metric) to run_dir/encoder."""

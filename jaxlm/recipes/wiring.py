@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxlm.data import pipeline
 from jaxlm.data.config import DataConfig
-from jaxlm.data.loader import Rows, eval_batches
+from jaxlm.data.loader import Loader, Rows, eval_batches
 from jaxlm.data.show import render_batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.generate.sample import SamplingConfig, generate
@@ -104,23 +105,48 @@ def show_start(spec: specs.Spec, s: Setup) -> None:
         say("left out of the data: " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(s.data.skipped.items())))
 
 
+class TrainConfigs(Protocol):
+    """The groups of a config that the trainer reads, whatever is trained on what."""
+
+    run_dir: str
+    data: Any
+    train: TrainConfig
+    optim: OptimConfig
+
+
+class TrainData(Protocol):
+    """Batches, what was left out by reason, and a hash of the data."""
+
+    @property
+    def train(self) -> Loader: ...
+    @property
+    def skipped(self) -> Counter[str]: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
 def train_parameters(
-    cfg: RunConfig,
-    s: Setup,
+    cfg: TrainConfigs,
     spec: specs.Spec,
     loss_fn: LossFn,
     *,
+    mesh: Mesh,
+    data: TrainData,
+    place: Callable[[Any], Batch],
     initial: Callable[[], Params | None],
     evaluate: Evaluate | None,
+    speed: Throughput,
+    row_keys: bool,
     frozen: Params | None = None,
     moving: Callable[[], Params] | None = None,
     move_frozen: Callable[[Array, Params, Params], Params] | None = None,
 ) -> Result:
-    """Trains the parameters of `spec` on the set-up's data: the optimizer, the state, the step, and the loop.
+    """Trains the parameters of `spec` on the data: the optimizer, the state, the step, and the loop.
 
-    initial: makes the parameters of step 0 (None: random ones of the seed). frozen: what the loss reads beside them
-    and no checkpoint holds. moving: makes such parameters for the state of step 0, where `move_frozen` lets them
-    follow (see `make_train_step`); those are in the checkpoints.
+    place: puts a host batch on the mesh. initial: makes the parameters of step 0 (None: random ones of the seed).
+    speed: what tokens/s and MFU are counted by. row_keys: whether the loss gets a random key for every row (dropout,
+    masked words). frozen: what the loss reads beside them and no checkpoint holds. moving: makes such parameters for
+    the state of step 0, where `move_frozen` lets them follow (see `make_train_step`); those are in the checkpoints.
     """
     optimizer, schedule = make_optimizer(
         cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
@@ -129,10 +155,10 @@ def train_parameters(
 
     def first_state() -> TrainState:
         key = jax.random.key(cfg.train.seed)
-        state = init_state(key, spec, optimizer, mesh=s.mesh, ema=ema, params=initial())
+        state = init_state(key, spec, optimizer, mesh=mesh, ema=ema, params=initial())
         return state if moving is None else state.replace(frozen=moving())  # type: ignore[attr-defined]
 
-    abstract = abstract_state(spec, optimizer, mesh=s.mesh, ema=ema)
+    abstract = abstract_state(spec, optimizer, mesh=mesh, ema=ema)
     if moving is not None:
         abstract = abstract.replace(frozen=abstract.params)  # type: ignore[attr-defined]
     return train(
@@ -147,18 +173,18 @@ def train_parameters(
             schedule=schedule,
             num_microbatches=cfg.train.num_microbatches,
             ema_decay=cfg.train.ema_decay,
-            dropout=s.model.dropout > 0,
+            dropout=row_keys,
             move_frozen=move_frozen,
         ),
-        batches=partial(s.data.train.batches, num_threads=cfg.data.num_threads),
-        place=s.place,
+        batches=partial(data.train.batches, num_threads=cfg.data.num_threads),
+        place=place,
         evaluate=evaluate,
         record=make_record(
-            to_dict(cfg), mesh=s.mesh, data_fingerprint=s.data.fingerprint, flop_definition=flops.DEFINITION
+            to_dict(cfg), mesh=mesh, data_fingerprint=data.fingerprint, flop_definition=flops.DEFINITION
         ),
-        batch_indices=s.data.train.indices,
-        throughput=throughput(cfg.data, s.model, decoder.spec(s.model), s.mesh),
-        constants={f"data/{reason}": float(n) for reason, n in s.data.skipped.items()},
+        batch_indices=data.train.indices,
+        throughput=speed,
+        constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
         frozen=frozen,
     )
 
