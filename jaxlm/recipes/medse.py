@@ -33,6 +33,7 @@ from jaxlm.data.ontology import Ontology, read_obo
 from jaxlm.data.sentences import Sentences, make_sentences
 from jaxlm.evals.encode import Encoder, Pooling
 from jaxlm.evals.entities import Definitions, lexical_scores, read_ehr_rel, relatedness, retrieval
+from jaxlm.evals.sts import Pairs
 from jaxlm.losses import info_nce
 from jaxlm.models.sentence_encoder import AnyConfig
 from jaxlm.recipes import sentences
@@ -88,6 +89,7 @@ def run(cfg: Config) -> Result:
     """Trains, evaluates, reports, and keeps the best encoder; started again on the same run folder, it resumes."""
     cfg = resolve(cfg)
     ontology = read_obo(cfg.data.ontology)
+    pairs = None if cfg.ehr_rel is None else read_ehr_rel(cfg.ehr_rel)
     trainer = Trainer(cfg, sentences.tokenizer_of(cfg, training_texts(cfg, ontology)))
     data = make_data(cfg, ontology, trainer)
     loss_fn = make_contrastive_loss(
@@ -99,7 +101,7 @@ def run(cfg: Config) -> Result:
     )
     folder = trainer.keep()
     if jax.process_index() == 0:
-        report(cfg, ontology, folder)
+        report(cfg, ontology, pairs, folder)
     return result
 
 
@@ -166,10 +168,9 @@ def definitions_of(cfg: Config, ontology: Ontology, part: str) -> Definitions:
     return Definitions([t.name for t in terms], [t.definition or "" for t in terms])
 
 
-def report(cfg: Config, ontology: Ontology, folder: Path) -> None:
+def report(cfg: Config, ontology: Ontology, pairs: Pairs | None, folder: Path) -> None:
     """Says, and writes to results.json, what start, run and the lexical baselines reach on the test sets."""
     test = definitions_of(cfg, ontology, "test")
-    pairs = None if cfg.ehr_rel is None else read_ehr_rel(cfg.ehr_rel)
 
     def scores(encode: Callable[..., Array]) -> dict[str, float]:
         found = {f"definitions/{name}": value for name, value in retrieval(test, encode).items()}
