@@ -1,7 +1,9 @@
-"""SimCSE's ablations on the small encoder: temperature, dropout, one mask for both views; three seeds each.
+"""SimCSE's ablations on a small encoder: temperature, dropout, one mask for both views; three seeds each.
 
+    jaxlm train --config configs/simcse/pretrain.py:DATA
     jaxlm train --config configs/simcse/ablation.py:DATA
 
+The start is an encoder that has learnt to guess words, as in the paper (there BERT).
 DATA as in unsup.py. The paper's figures (BERT base, STS-B dev): dropout 0, 0.1 and one mask 71.1, 82.5, 43.6;
 temperatures 0.001, 0.01, 0.05, 0.1, 1 (supervised) 84.9, 85.4, 86.2, 82.0, 64.0.
 """
@@ -19,6 +21,9 @@ def get_config(data: str = "data") -> ConfigDict:
     config.recipe = "sweep"
     config.run_dir = "runs/simcse_ablation"
     config.base = load_config(f"{Path(__file__).parent / 'unsup.py'}:{data}")
+    config.base.model, config.base.data.tokenizer = None, None  # those of the start
+    config.base.init_from = "runs/simcse_pretrain/encoder"
+    config.base.optim.learning_rate = 3e-4
     config.variants = [
         dict(name="temperature 0.05, dropout 0.1", changes=[]),
         dict(name="temperature 0.01", changes=["temperature=0.01"]),

@@ -5,7 +5,8 @@
 Gao, Yao and Chen 2021, arXiv:2104.08821. `run` is the whole of it, top to bottom. Unsupervised (data.examples
 "sentences"): a sentence under two dropout masks is a positive pair, and the others of the batch are negatives.
 Supervised ("tuples" of an anchor, its positive, and any number of hard negatives): equation 5. With data.score_field,
-pairs and their gold scores: CoSENT, AnglE, or the squared error of the cosine.
+pairs and their gold scores: CoSENT, AnglE, or the squared error of the cosine. And for those who have no encoder to
+start from, what makes one: guessing masked words (loss "masked_lm").
 
 Deviations: the negatives are those of all devices with gradients through all (the released code's gathered ones carry
 none); unsupervised, sentences of the evaluation are left out and repeated ones are one row; the head is dropped
@@ -39,7 +40,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.contrastive import Objective, make_contrastive_loss, pair_metrics
 from jaxlm.train.loop import Result
 from jaxlm.train.optim import OptimConfig
-from jaxlm.typing import Array, Batch, Metrics
+from jaxlm.typing import Array, Batch, LossFn, Metrics
 
 SCORED: dict[str, Callable[..., Array]] = {"cosent": cosent, "angle": angle, "cosine_mse": cosine_mse}
 DEV = "dev"
@@ -53,13 +54,14 @@ class Config:
 
     model, init_from: the fields of an encoder or a decoder, or a Hugging Face folder of either to start from (a decoder
     is causal: pooling last or mean, and no head beside it). loss: simcse, or for scored pairs cosent, angle, cosine_mse
-    (the scale of the first two is 1 / temperature; the last divides scores by score_scale). dropout: of the model while
-    it trains. scan_layers: one program for all layers, which compiles faster and, on a CPU, trains half as fast.
-    one_mask: both views under the same dropout mask, the paper's ablation. train_head: BERT's dense layer and tanh over
-    the pooled state while training; the vectors that are kept are without. matryoshka: prefix lengths trained beside
-    the whole. masked_lm_weight: of the masked-LM loss on the first column, beside (the paper: 0.1). chunk_size:
-    sentences encoded at a time, see `jaxlm.train.gradient_cache`. dev: STS-B's dev file, evaluated on the way as
-    dev/spearman, dev/pearson, dev/alignment, dev/uniformity (train.best_metric may name one).
+    (the scale of the first two is 1 / temperature; the last divides scores by score_scale); masked_lm, which guesses
+    words of sentences and trains no vector. dropout: of the model while it trains. scan_layers: one program for all
+    layers, which compiles faster and, on a CPU, trains half as fast. one_mask: both views under the same dropout mask,
+    the paper's ablation. train_head: BERT's dense layer and tanh over the pooled state while training; the vectors that
+    are kept are without. matryoshka: prefix lengths trained beside the whole. masked_lm_weight: of the masked-LM loss
+    on the first column, beside (the paper: 0.1). chunk_size: sentences encoded at a time, see
+    `jaxlm.train.gradient_cache`. dev: STS-B's dev file, evaluated on the way as dev/spearman, dev/pearson,
+    dev/alignment, dev/uniformity (train.best_metric may name one).
     """
 
     run_dir: str
@@ -70,7 +72,7 @@ class Config:
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
     recipe: Literal["simcse"] = "simcse"
-    loss: Literal["simcse", "cosent", "angle", "cosine_mse"] = "simcse"
+    loss: Literal["simcse", "cosent", "angle", "cosine_mse", "masked_lm"] = "simcse"
     temperature: float = 0.05
     hard_negative_weight: float = 1.0
     score_scale: float = 5.0
@@ -88,13 +90,16 @@ class Config:
         sentences.check(self)
         scored = self.data.score_field is not None
         if scored != (self.loss in SCORED):
-            expected = f"one of {', '.join(SCORED)}" if scored else "simcse"
+            expected = f"one of {', '.join(SCORED)}" if scored else "simcse or masked_lm"
             raise ValueError(f"loss={self.loss!r} with data.score_field={self.data.score_field!r}: expected {expected}")
         columns = len(self.data.fields) if self.data.examples == "tuples" else 1
         if self.data.examples == "tuples" and (columns < 2 or (scored and columns != 2)):
             raise ValueError(f"data.fields={self.data.fields}: expected two texts a row{'' if scored else ' or more'}")
-        if isinstance(self.model, DecoderConfig) and (self.train_head or self.masked_lm_weight):
-            raise ValueError("train_head and masked_lm_weight are of encoders, the model is a decoder: leave them out")
+        guesses = bool(self.masked_lm_weight) or self.loss == "masked_lm"
+        if isinstance(self.model, DecoderConfig) and (self.train_head or guesses):
+            raise ValueError("train_head and masked words are of encoders, the model is a decoder: leave them out")
+        if self.loss == "masked_lm":
+            self._check_masked_lm()
         if self.one_mask and self.data.examples != "sentences":
             raise ValueError(
                 "one_mask is of the two views of a sentence: leave it out, or set data.examples='sentences'"
@@ -105,8 +110,16 @@ class Config:
             raise ValueError(f"train.best_metric={self.train.best_metric!r} needs an evaluation: give dev, or set None")
         if self.train_head and isinstance(self.model, EncoderConfig) and not self.model.head:
             raise ValueError("train_head needs parameters for it: set model.head=True")
-        if self.masked_lm_weight and isinstance(self.model, EncoderConfig) and self.model.masked_lm is None:
-            raise ValueError("masked_lm_weight needs parameters for the head: set model.masked_lm={}")
+        if guesses and isinstance(self.model, EncoderConfig) and self.model.masked_lm is None:
+            raise ValueError("masked words need parameters for the head: set model.masked_lm={}")
+
+    def _check_masked_lm(self) -> None:
+        if self.data.examples != "sentences":
+            raise ValueError("loss='masked_lm' is of sentences: set data.examples='sentences'")
+        vectors_only = ("masked_lm_weight", "train_head", "matryoshka", "chunk_size")
+        given = [name for name in vectors_only if getattr(self, name)]
+        if given:
+            raise ValueError(f"loss='masked_lm' trains no sentence vector: leave out {', '.join(given)}")
 
 
 def run(cfg: Config) -> Result:
@@ -121,11 +134,7 @@ def run(cfg: Config) -> Result:
         cfg.data, make_rows(cfg.data, examples, trainer.tokenizer), skipped,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    columns = cfg.data.fields if cfg.data.examples == "tuples" else (TEXT, TEXT)
-    more = trainer.masked_lm(columns[0], cfg.masked_lm_weight) if cfg.masked_lm_weight else None
-    loss_fn = make_contrastive_loss(
-        trainer.encode(), columns, make_objective(cfg), chunk_size=cfg.chunk_size, one_mask=cfg.one_mask, more=more
-    )
+    columns, loss_fn = make_loss(cfg, trainer)
     evaluate = None
     if pairs is not None:
         evaluate = make_scores(trainer, {DEV: lambda encoder: sts.scores(pairs, encoder.encode)})
@@ -134,6 +143,17 @@ def run(cfg: Config) -> Result:
     if pairs is not None and jax.process_index() == 0:
         report(cfg, pairs, folder)
     return result
+
+
+def make_loss(cfg: Config, trainer: Trainer) -> tuple[tuple[str, ...], LossFn]:
+    """The columns that the loss encodes, and the loss."""
+    if cfg.loss == "masked_lm":
+        return (TEXT,), trainer.masked_lm(TEXT, 1.0)
+    columns = cfg.data.fields if cfg.data.examples == "tuples" else (TEXT, TEXT)
+    more = trainer.masked_lm(columns[0], cfg.masked_lm_weight) if cfg.masked_lm_weight else None
+    return columns, make_contrastive_loss(
+        trainer.encode(), columns, make_objective(cfg), chunk_size=cfg.chunk_size, one_mask=cfg.one_mask, more=more
+    )
 
 
 def make_objective(cfg: Config) -> Objective:

@@ -25,6 +25,7 @@ from jaxlm.train.optim import OptimConfig
 NOUNS, VERBS = ("cat", "dog", "bird", "child", "farmer", "king"), ("sleeps", "runs", "sings", "eats", "reads")
 SENTENCES = [f"The {noun} {verb} {where}." for noun in NOUNS for verb in VERBS for where in ("here", "at home")]
 MODEL = EncoderConfig(vocab_size=320, width=32, num_layers=1, num_heads=2, mlp_width=64, max_length=16)
+GUESSER = dataclasses.replace(MODEL, masked_lm=MaskedLMConfig())
 DECODER = DecoderConfig(
     vocab_size=320, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64, max_length=16,
     tie_embeddings=False,  # as Llama 3; an encoder of sentences has no unembedding either way
@@ -111,7 +112,7 @@ VARIANTS = {
         ("scored", dict(loss="cosent")),
         ("scored", dict(loss="angle")),
         ("scored", dict(loss="cosine_mse")),
-        (None, dict(masked_lm_weight=0.1)),
+        (None, dict(masked_lm_weight=0.1, model=GUESSER)),
         (None, dict(one_mask=True, pooling="cls", train_head=True)),
     ],
 )
@@ -120,17 +121,29 @@ def test_every_way_of_training_runs_and_its_loss_falls(tmp_path, data, changes):
         dict(a=text, b=text.replace("The", "A"), c=SENTENCES[-i - 1], score=str(i % 6))
         for i, text in enumerate(SENTENCES[:30])
     )
-    model = dataclasses.replace(
-        MODEL, head="train_head" in changes, masked_lm=MaskedLMConfig() if "masked_lm_weight" in changes else None
-    )
+    model = dataclasses.replace(MODEL, head="train_head" in changes)
     train = TrainConfig(num_steps=24, eval_every=None, checkpoint_every=None, log_every=4)
     made = config(tmp_path / "run", None).data
     if data is not None:
         made = dataclasses.replace(made, train=(SourceConfig("memory", rows=rows),), epochs=40, **VARIANTS[data])
-    simcse.run(config(tmp_path / "run", None, **changes, data=made, model=model, train=train))
+    simcse.run(config(tmp_path / "run", None, **{"model": model} | changes, data=made, train=train))
     losses = [line["train/loss"] for line in lines(tmp_path / "run") if "train/loss" in line]
     assert losses[-1] < losses[0]
     assert Encoder.load(tmp_path / "run" / "encoder").encode(["A text."]).shape == (1, 32)
+
+
+@pytest.mark.slow
+def test_contrast_starts_from_an_encoder_that_has_learnt_to_guess_words(tmp_path, dev):
+    learn = TrainConfig(num_steps=40, eval_every=None, checkpoint_every=None, log_every=4)
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.0)
+    simcse.run(config(tmp_path / "words", None, loss="masked_lm", model=GUESSER, train=learn, optim=optim))
+    losses = [line["train/masked_lm"] for line in lines(tmp_path / "words") if "train/masked_lm" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    start = config(tmp_path / "run", dev, init_from=str(tmp_path / "words" / "encoder"), model=None)
+    simcse.run(dataclasses.replace(start, data=dataclasses.replace(start.data, tokenizer=None)))
+    vectors = Encoder.load(tmp_path / "words" / "encoder").encode(SENTENCES)
+    uniform = np.log(np.mean(np.exp(-2 * (2 - 2 * (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]))))
+    assert lines(tmp_path / "run")[-1]["dev/uniformity"] < uniform - 0.2
 
 
 @pytest.mark.slow
@@ -213,7 +226,9 @@ def test_a_sweep_runs_what_is_missing_and_makes_a_table(tmp_path, dev, capsys):
         (dict(train=TRAIN), "needs an evaluation"),
         (dict(masked_lm_weight=0.1, chunk_size=4), "leave chunk_size out"),
         (dict(train_head=True), "model.head=True"),
-        (dict(masked_lm_weight=0.1), "masked_lm_weight needs parameters"),
+        (dict(masked_lm_weight=0.1), "masked words need parameters"),
+        (dict(loss="masked_lm"), "masked words need parameters"),
+        (dict(loss="masked_lm", model=GUESSER, chunk_size=4), "trains no sentence vector: leave out chunk_size"),
         (dict(model=DECODER, masked_lm_weight=0.1), "of encoders, the model is a decoder: leave them out"),
         (dict(model=DECODER, pooling="cls"), "pooling='cls' takes the first token's state, and in a causal model"),
         (dict(model=dataclasses.replace(MODEL, max_length=8)), "texts of 16 tokens, but the model ends at"),
