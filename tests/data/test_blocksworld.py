@@ -1,0 +1,97 @@
+"""Blocksworld by exhaustive enumeration: known counts, plans that are shortest, a checker that is not fooled."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from jaxlm.data import blocksworld as bw
+from jaxlm.data.reasoning import Sample
+
+
+def test_the_number_of_states_is_the_known_one():
+    assert [len(bw.states(n)) for n in range(1, 7)] == [1, 3, 13, 73, 501, 4051]  # OEIS A000262
+    for state in bw.states(4):
+        below = [b for b in state if b != bw.TABLE]
+        assert len(set(below)) == len(below)  # one block at most stands on another
+        for block in range(4):  # and every tower ends on the table
+            seen = []
+            while block != bw.TABLE:
+                assert block not in seen
+                seen.append(block)
+                block = state[block]
+
+
+def test_every_move_can_be_taken_back_and_leads_to_a_state():
+    known = set(bw.states(4))
+    for state in known:
+        for block, onto in bw.moves(state):
+            after = bw.move(state, block, onto)
+            assert after in known and after != state
+            assert (block, state[block]) in bw.moves(after)
+
+
+def test_distances_are_those_of_brute_force():
+    known = bw.states(3)
+    for goal in known:
+        distance = bw.distances(goal)
+        assert set(distance) == set(known)
+        for start in known:
+            reached, length = {start}, 0
+            while goal not in reached:
+                reached |= {bw.move(s, *m) for s in reached for m in bw.moves(s)}
+                length += 1
+            assert distance[start] == length
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return bw.make_samples(4)
+
+
+def test_every_pair_of_four_blocks_has_a_plan_that_replays(samples):
+    assert len(samples) == 73 * 72 and len({s.question for s in samples}) == len(samples)
+    for sample in samples:
+        assert int(sample.answer) == len(sample.steps) >= 1
+        assert bw.solves(sample.question, sample.steps)
+        assert not bw.solves(sample.question, sample.steps[:-1])  # shortest: nothing less will do
+    assert max(len(s.steps) for s in samples) == 6
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["Move A from the table to B"],  # B stands on A
+        ["Move B from the table to C"],  # B is not on the table
+        ["Move B from A to B"],
+        ["Move B from A to D"],  # there is no D
+        ["Move D from the table to A"],
+        ["Move B from A"],
+        ["", "Move B from A to C"],
+    ],
+)
+def test_what_is_no_legal_move_is_no_solution(steps):
+    question = "Start: A on the table, B on A, C on the table. Goal: A on the table, B on C, C on the table."
+    assert bw.solves(question, ["Move B from A to C"])
+    assert not bw.solves(question, steps)
+
+
+def test_states_are_read_back_and_other_words_refused(samples):
+    for state in bw.states(3):
+        assert bw.parse_state(bw.describe(state)) == state
+    with pytest.raises(ValueError, match="expected a state such as"):
+        bw.parse_state("A on the floor")
+    with pytest.raises(ValueError, match="1 to 26"):
+        bw.states(0)
+
+
+def test_the_parts_of_a_split_share_no_question(samples):
+    parts = bw.split(samples, validation=300, test=400, seed=1)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 400, "validation": 300, "train": 4556}
+    for a, b in itertools.combinations(parts.values(), 2):
+        assert not {s.question for s in a} & {s.question for s in b}
+    assert bw.split(samples, validation=300, test=400, seed=1) == parts
+    assert bw.split(samples, validation=300, test=400, seed=2) != parts
+    with pytest.raises(ValueError, match="together below the 5256"):
+        bw.split(samples, validation=5000, test=400)
