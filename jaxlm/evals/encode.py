@@ -67,6 +67,11 @@ class Encoder:
         limit = min(found.max_tokens or cfg.max_length, cfg.max_length)
         return cls(cfg, params, HFTokenizer(folder), found.pooling, unit=found.unit, max_tokens=limit)
 
+    def on(self, mesh: Mesh) -> Encoder:
+        """The same encoder with its parameters on every device of the mesh."""
+        replicated = NamedSharding(mesh, PartitionSpec())
+        return dataclasses.replace(self, params=jax.device_put(self.params, replicated), mesh=mesh)
+
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load`, sentence-transformers and transformers read, whole or not at all.
 

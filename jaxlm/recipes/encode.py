@@ -6,7 +6,7 @@
 MODEL is the Hugging Face or sentence-transformers folder of an encoder (BERT, ModernBERT, …) or a decoder (Llama, Qwen,
 …), such as a run's runs/x/encoder. --texts: a text a line, or jsonl or Parquet with a field; .gz, .bz2 and .zst are
 read too. The vectors are in the order of the texts: float32 [texts, width] as .npy, or Parquet with the columns text
-and vector.
+and vector. Rows are split over all devices of this machine, --batch-size texts on each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 
 from jaxlm.data.encode import text_of
 from jaxlm.data.sources import SourceConfig, files, open_source
 from jaxlm.recipes.runtime import Runtime, configure
+from jaxlm.sharding.mesh import MeshConfig, make_mesh
 
 ENDINGS = (".npy", ".parquet")
 ROWS: dict[Literal["jsonl", "parquet"], tuple[str, ...]] = {"jsonl": files.JSONL_SUFFIXES, "parquet": (".parquet",)}
@@ -36,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="the field of a row (default: text)")
     parser.add_argument("--out", metavar="FILE", required=True, help="vectors.npy or vectors.parquet")
     parser.add_argument("--pooling", choices=("mean", "cls", "last"), help="in place of the folder's own")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts a call (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts a call on each device (default 32)")
+    parser.add_argument("--simulate-devices", type=int, metavar="N", help="N CPU devices in place of the real ones")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,12 +48,13 @@ def main(args: argparse.Namespace) -> int:
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: expected a name that ends in {' or '.join(ENDINGS)}")
     texts = list(read_texts(Path(args.texts), args.field))
-    configure(Runtime())
+    configure(Runtime(simulated_devices=args.simulate_devices))
     from jaxlm.evals.encode import Encoder
 
-    vectors = Encoder.load(args.model, pooling=args.pooling).encode(
-        texts, batch_size=args.batch_size, show_progress=True
-    )
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    encoder = Encoder.load(args.model, pooling=args.pooling).on(mesh)
+    rows = min(args.batch_size, -(-len(texts) // mesh.size) or 1)  # on each device
+    vectors = encoder.encode(texts, batch_size=rows * mesh.size, show_progress=True)
     part = out.with_name(out.name + ".part")
     _write(part, out.suffix, texts, vectors)
     part.replace(out)
