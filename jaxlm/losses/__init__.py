@@ -28,6 +28,13 @@ from jaxlm.losses.preference_unpaired import (
     mismatched_rows,
 )
 from jaxlm.losses.scores import alpha_divergence, forward_kl, js_divergence, reverse_kl
+from jaxlm.losses.sentence import (
+    latent_cosine,
+    latent_info_nce,
+    latent_squared_error,
+    next_sentence_nll,
+    termination,
+)
 from jaxlm.losses.similarity import angle, angle_similarity, cosent, cosine_mse, matryoshka
 
 __all__ = [
@@ -67,6 +74,9 @@ __all__ = [
     "js_divergence",
     "kto",
     "kto_baseline",
+    "latent_cosine",
+    "latent_info_nce",
+    "latent_squared_error",
     "length_desensitised_sums",
     "mask_tokens",
     "masked_lm",
@@ -74,6 +84,7 @@ __all__ = [
     "mismatched_rows",
     "mix_reference",
     "nca",
+    "next_sentence_nll",
     "next_token_nll",
     "orpo",
     "reverse_kl",
@@ -84,6 +95,7 @@ __all__ = [
     "simpo",
     "sppo_hard",
     "symmetric_info_nce",
+    "termination",
     "tpo",
     "tpo_l",
     "uniformity",
