@@ -200,17 +200,26 @@ def row_keys(key: Array | None, rows: int) -> Array | None:
     return jax.random.split(key, rows) if key.ndim == 0 else key
 
 
+def embed_tokens(
+    params: Params, tokens: Int[Array, "B T"], *, cfg: DecoderConfig, constrain: Constrain = identity
+) -> Float[Array, "B T D"]:
+    """The (scaled) embeddings of tokens in cfg.dtype: what `forward` takes as `embeddings`, positions not yet added."""
+    # Gathered over its width before the lookup: otherwise the result is split over the width, and turning that into a
+    # split over the batch makes XLA replicate it.
+    table = constrain(params["embed"]["table"], ("vocab", "act_embed"))
+    embeddings = jnp.take(table, tokens, axis=0).astype(cfg.dtype)
+    if cfg.embed_scale is None:
+        return embeddings
+    # Rounded to the compute dtype first, as the released Gemma code does.
+    return embeddings * jnp.asarray(cfg.embed_scale, cfg.dtype)
+
+
 def _embed(params: Params, tokens: Array | None, embeddings: Array | None, c: Context) -> Array:
     cfg = c.cfg
     with jax.named_scope("embed"):
         if embeddings is None:
-            # Gathered over its width before the lookup: otherwise the result is split over the width, and turning
-            # that into a split over the batch makes XLA replicate it.
-            table = c.constrain(params["embed"]["table"], ("vocab", "act_embed"))
-            embeddings = jnp.take(table, tokens, axis=0).astype(cfg.dtype)
-            if cfg.embed_scale is not None:
-                # Rounded to the compute dtype first, as the released Gemma code does.
-                embeddings = embeddings * jnp.asarray(cfg.embed_scale, cfg.dtype)
+            assert tokens is not None  # _checked_shape
+            embeddings = embed_tokens(params, tokens, cfg=cfg, constrain=c.constrain)
         x = embeddings.astype(cfg.dtype)
         if cfg.learned_positions:
             # Clipped, because padding behind a full row may point past the table, and NaN there would spread.

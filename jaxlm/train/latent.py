@@ -1,0 +1,137 @@
+"""Losses of the stages that teach a model to predict vectors of sentences; models arrive as functions.
+
+A batch is that of `jaxlm.data.reasoning.make_sample_rows`. The vectors of its sentences come from a `Vectors`, semantic
+or contextual, and `states` is the sentence decoder (`jaxlm.models.latent.decoder_states`). A batch is one micro-batch:
+the terms are means over different things, and the negatives are the whole batch.
+
+Source: Hwang et al. 2025, arXiv:2505.22202, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.losses import cross_entropy, latent_info_nce, latent_squared_error, next_sentence_nll
+from jaxlm.ops.masked import masked_count, masked_mean, masked_sum
+from jaxlm.typing import Array, Batch, Bool, Float, LossFn, Metrics, Params
+
+Vectors = Callable[[Params, Batch], Float[Array, "B M E"]]
+"""(parameters of the encoder, batch) -> the vector of every sentence."""
+
+States = Callable[[Params, Float[Array, "N D"], Array, Array], Float[Array, "N S D"]]
+"""(parameters of the decoder, vectors, tokens, segments) -> states that predict the tokens."""
+
+Head = Callable[[Params], dict[str, Any]]
+
+
+def sentences(batch: Batch) -> Bool[Array, "B M"]:
+    """Which sentences there are."""
+    return batch["step_segments"][..., 0] != 0
+
+
+def make_answer_loss(apply: Callable[..., Array], head: Head) -> LossFn:
+    """Next-token prediction of what follows the question, token by token: the fine-tuning of the first stage.
+
+    total = -sum_t log p(x_t | x_<t)        over the tokens behind the question
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        tokens, segments = batch["text/tokens"], batch["text/segments"]
+        hidden = apply(params, tokens, positions=None, segments=segments, key=key)
+        behind = jnp.arange(tokens.shape[1])[None, 1:] > batch["ends"][:, :1]
+        mask = behind & (segments[:, 1:] != 0)
+        nll = cross_entropy(hidden[:, :-1], targets=tokens[:, 1:], mask=mask, **head(params))
+        total, weight = masked_sum(nll, mask), masked_count(nll, mask)
+        return total, weight, {"loss": (total, weight)}
+
+    return loss_fn
+
+
+def make_sentence_loss(
+    vectors: Vectors,
+    states: States,
+    head: Head,
+    *,
+    drop: Callable[[Array, Array | None], Array] | None = None,
+    semantic: Vectors | None = None,
+    contrast_weight: float = 0.5,
+    temperature: float = 0.1,
+) -> LossFn:
+    """Writing every sentence from its vector, with one network as encoder and decoder.
+
+        mean over tokens of -log p(y_t | y_<t, vector)  +  contrast_weight * mean over sentences of InfoNCE
+
+    drop: (vectors, keys) -> what the decoder reads (dropout; None: the vectors). semantic: gives the vectors of frozen
+    parameters, among which InfoNCE of cosines finds a contextual vector's own (None: there is no such term); with it
+    the loss reads `frozen`. The anchor is the contextual vector, as in the paper; in the released code it is the other.
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None, frozen: Params = None) -> Any:
+        found, there = vectors(params, batch), sentences(batch)
+        read = found if drop is None else drop(found, key)
+        terms = {"nll": _per_token(read, batch, params, states, head)}
+        if semantic is not None:
+            target = jax.lax.stop_gradient(semantic(frozen, batch))
+            terms["info_nce"] = masked_mean(latent_info_nce(found, target, mask=there, temperature=temperature), there)
+        return _weighted(terms, {"nll": 1.0, "info_nce": contrast_weight}, there)
+
+    return loss_fn
+
+
+def make_latent_loss(
+    vectors: Vectors, predict: Callable[..., Any], states: States, head: Head, *, weights: Mapping[str, float],
+    temperature: float = 0.1,
+) -> LossFn:  # fmt: skip
+    """Predicting the vector of every next sentence; encoder and decoder are frozen, and gradients pass through both.
+
+        sum of weights[name] * mean of the term, over
+
+        nll        -log p(s_i | P2(o_i)) of the decoder, per token                              the paper's, weight 1
+        info_nce   of cos(o_i, P1(h_j)) / temperature, over sentences of the global batch       the paper's, weight 1
+        tie        |o_i - stop_gradient(P1(h_i))|^2 / Z: the scale that the cosine leaves free  ours
+        mse        |P2(o_i) - h_i|^2 / D, in the encoder's space                                for comparison
+
+    predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. frozen: {"encoder", "decoder"}.
+    """
+    unknown = sorted(set(weights) - {"nll", "info_nce", "tie", "mse"})
+    if unknown or not weights:
+        raise ValueError(f"weights: expected nll, info_nce, tie, mse, or some of them; found {unknown or 'none'}")
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None, frozen: Params = None) -> Any:
+        there = sentences(batch)
+        h = jax.lax.stop_gradient(vectors(frozen["encoder"], batch))
+        found = predict(params, batch, h, there, key)
+        terms = {}
+        if "nll" in weights:
+            terms["nll"] = _per_token(found.sentence, batch, frozen["decoder"], states, head)
+        if "info_nce" in weights:
+            nce = latent_info_nce(found.output, found.target, mask=there, temperature=temperature)
+            terms["info_nce"] = masked_mean(nce, there)
+        if "tie" in weights:
+            target = jax.lax.stop_gradient(found.target)
+            terms["tie"] = masked_mean(latent_squared_error(found.output, target, mask=there), there)
+        if "mse" in weights:
+            terms["mse"] = masked_mean(latent_squared_error(found.sentence, h, mask=there), there)
+        return _weighted(terms, weights, there)
+
+    return loss_fn
+
+
+def _per_token(read: Array, batch: Batch, params: Params, states: States, head: Head) -> Array:
+    """The sentences' cross-entropy given their vectors, averaged over tokens."""
+    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("steps", "step_segments"))
+    hidden = states(params, read.reshape(-1, read.shape[-1]), tokens, segments)
+    mask = segments != 0
+    nll = next_sentence_nll(hidden, targets=tokens, mask=mask, **head(params))
+    return jnp.sum(nll) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _weighted(terms: dict[str, Array], weights: Mapping[str, float], there: Array) -> tuple[Array, Array, Metrics]:
+    rows = jnp.float32(there.shape[0])
+    total = sum((weights[name] * term for name, term in terms.items()), start=jnp.zeros(()))
+    metrics: Metrics = {name: (term * rows, rows) for name, term in terms.items()}
+    return total * rows, rows, {"loss": (total * rows, rows)} | metrics
