@@ -69,8 +69,8 @@ class SentencePieceTokenizer:
         return _load(model.SerializeToString())
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; control tokens (begin, end, padding) vanish."""
-        return self._sp.decode([int(i) for i in ids])
+        """The text; control tokens (begin, end, padding) vanish, and so do ids of a model's rows beyond the pieces."""
+        return self._sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes per piece, the word mark counted as the space it stands for; 0 for control tokens, int32 [V]."""
