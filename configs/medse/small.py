@@ -19,11 +19,11 @@ def get_config(data: str = "data") -> ConfigDict:
     config.run_dir = "runs/medse"
     config.init_from = "all-MiniLM-L6-v2"
     config.data = dict(
-        ontology=[f"{data}/disease_ontology"], batch_size=32, max_tokens=24, definition_tokens=48, window=6
+        ontology=[f"{data}/disease_ontology"], batch_size=32, max_tokens=32, definition_tokens=64, window=12
     )
-    config.temperature = 0.05
+    config.temperature = 0.1
     config.ehr_rel = f"{data}/ehr_rel/EHR-RelB.tsv"
-    config.optim = dict(name="adamw", learning_rate=2e-5, warmup_steps=5, weight_decay=0.0, schedule="linear")
+    config.optim = dict(name="adamw", learning_rate=3e-5, warmup_steps=5, weight_decay=0.0, schedule="linear")
     config.train = dict(
         num_steps=80, eval_every=40, checkpoint_every=40, log_every=10, best_metric="dev/mrr", best_mode="max"
     )
