@@ -102,7 +102,7 @@ def make_sample_rows(
 ) -> tuple[SentenceRows, int]:  # fmt: skip
     """The samples as rows, and how many were left out because a part of them is longer than its maximum.
 
-    Every sentence ends in the newline token. A row holds
+    A row's origin is `<origin>:<index of the sample>`. Every sentence ends in the newline token. A row holds
 
         question/tokens, question/segments    [Tq]      the question and its newline
         text/tokens, text/segments            [T]       the question and all sentences, one after another
@@ -115,8 +115,9 @@ def make_sample_rows(
     """
     end = np.array([newline_id(tokenizer)], np.int32)
     kept: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    places: list[str] = []
     left_out = 0
-    for sample in samples:
+    for i, sample in enumerate(samples):
         question = np.concatenate([tokenizer.encode_plain(sample.question), end])
         steps = [np.concatenate([tokenizer.encode_plain(text), end]) for text in sample.sentences]
         too_long = len(question) > max_question_tokens or max(map(len, steps)) > max_step_tokens
@@ -124,6 +125,7 @@ def make_sample_rows(
             left_out += 1
         else:
             kept.append((question, steps))
+            places.append(f"{origin}:{i}")
     if not kept:
         raise ValueError(
             f"{origin}: all {left_out} samples are longer than max_steps={max_steps}, max_step_tokens="
@@ -137,12 +139,12 @@ def make_sample_rows(
     tokens = np.full((len(kept), max_steps, max_step_tokens), tokenizer.pad_id, np.int32)
     segments = np.zeros_like(tokens)
     for i, (question, steps) in enumerate(kept):
-        places = np.cumsum([len(question), *map(len, steps)]) - 1
-        ends[i] = np.pad(places, (0, max_steps + 1 - len(places)), mode="edge")
+        found = np.cumsum([len(question), *map(len, steps)]) - 1
+        ends[i] = np.pad(found, (0, max_steps + 1 - len(found)), mode="edge")
         for j, step in enumerate(steps):
             tokens[i, j, : len(step)], segments[i, j, : len(step)] = step, 1
     extra = {"ends": ends, "steps": tokens, "step_segments": segments}
-    return SentenceRows(columns, [f"{origin}:{i}" for i in range(len(kept))], tokenizer.pad_id, extra, origin), left_out
+    return SentenceRows(columns, places, tokenizer.pad_id, extra, origin), left_out
 
 
 def _column(tokens: list[np.ndarray]) -> Column:

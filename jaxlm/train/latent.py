@@ -95,7 +95,8 @@ def make_latent_loss(
         tie        |o_i - stop_gradient(P1(h_i))|^2 / Z: the scale that the cosine leaves free  ours
         mse        |P2(o_i) - h_i|^2 / D, in the encoder's space                                for comparison
 
-    predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. frozen: {"encoder", "decoder"}.
+    predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. The loss reads `frozen`: the
+    parameters under encoder and decoder, or under encoder alone where one network is both.
     """
     unknown = sorted(set(weights) - {"nll", "info_nce", "tie", "mse"})
     if unknown or not weights:
@@ -107,7 +108,7 @@ def make_latent_loss(
         found = predict(params, batch, h, there, key)
         terms = {}
         if "nll" in weights:
-            terms["nll"] = _per_token(found.sentence, batch, frozen["decoder"], states, head)
+            terms["nll"] = _per_token(found.sentence, batch, frozen.get("decoder", frozen["encoder"]), states, head)
         if "info_nce" in weights:
             nce = latent_info_nce(found.output, found.target, mask=there, temperature=temperature)
             terms["info_nce"] = masked_mean(nce, there)

@@ -35,11 +35,11 @@ def test_rows_hold_every_sentence_at_its_place():
         assert row["steps"].shape == (4, 8)
 
 
-@pytest.mark.parametrize("limits", [(2, 8, 20), (4, 7, 20), (4, 8, 8)])
-def test_what_is_too_long_is_left_out_whole_and_counted(limits):
+@pytest.mark.parametrize(("limits", "kept"), [((2, 8, 20), 1), ((4, 7, 20), 1), ((4, 8, 8), 0)])
+def test_what_is_too_long_is_left_out_whole_and_counted(limits, kept):
     limits = dict(zip(("max_steps", "max_step_tokens", "max_question_tokens"), limits))
     rows, left_out = make_sample_rows(SAMPLES, ByteTokenizer(), origin="toy", **limits)
-    assert (len(rows.plan), left_out) == (1, 1)
+    assert (len(rows.plan), left_out) == (1, 1) and rows.origins(0) == [f"toy:{kept}"]
     with pytest.raises(ValueError, match="all 2 samples are longer than max_steps=1, max_step_tokens=2"):
         make_sample_rows(SAMPLES, ByteTokenizer(), origin="toy", max_steps=1, max_step_tokens=2, max_question_tokens=3)
 

@@ -1,0 +1,207 @@
+"""Reasoning sentence by sentence: a language model that predicts the vector of its next sentence.
+
+    jaxlm train --config configs/sentence_by_sentence/blocksworld.py
+
+Hwang et al. 2025, arXiv:2505.22202. Stages, each a run of the trainer in a folder of its own, so that the same command
+goes on where it stopped:
+
+    direct        the answer after the question, token by token (No-CoT)
+    cot           the steps and then the answer, token by token; everything below starts from it
+    semantic      each sentence from its own vector: an autoencoder
+    contextual    each sentence from the vector of all before it (Ctx-B)
+    contrastive   the same, its vectors drawn to the semantic ones by InfoNCE (Ctx-C)
+    latents       latent models between the vectors of one of these three, encoder and decoder frozen
+
+and inference: token by token; by encoder and decoder alone; continuous (outputs are fed back as they are) and
+discretized (outputs are written as text and read again).
+
+From the paper: stages, objectives, widths of the mappers, dropout, temperatures, and what is fed back. Ours:
+checkpoints are chosen on validation samples, where the paper chose on the test set; negatives of the whole global
+batch, where the released code has those of one device; and a latent's default `weights` and `unit_scale`, which tie the
+scale of outputs to that of inputs (the paper's: weights={"nll": 1, "info_nce": 1}, unit_scale=False).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxlm.analysis.sentence_flops import HeadAt, continuous, discretized, token_by_token
+from jaxlm.models.config import DecoderConfig
+from jaxlm.recipes.load import load_config
+from jaxlm.recipes.sentence_data import Task, TaskConfig, make_task
+from jaxlm.recipes.sentence_stages import Stages
+from jaxlm.recipes.sentences import write_results
+from jaxlm.recipes.shrink import fold_mesh, shrink_decoder
+from jaxlm.recipes.wiring import say
+from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.typing import Params
+
+KINDS = ("semantic", "contextual", "contrastive")
+NEEDS = {"semantic": ("cot",), "contextual": ("cot",), "contrastive": ("cot", "semantic")}
+HEADS: tuple[HeadAt, ...] = ("every", "last")
+STAGES = ("direct", "cot", *KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """How long and how fast one stage learns; the schedule is linear after the warm-up."""
+
+    num_steps: int
+    learning_rate: float = 5e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentStage(StageConfig):
+    """A latent model. name: of its folder and its rows. vectors: the stage whose vectors it predicts. weights: of the
+    terms of its loss (`jaxlm.train.latent.make_latent_loss`). unit_scale: see `jaxlm.models.latent.LatentConfig`.
+    """
+
+    name: str = "latent"
+    vectors: Literal["semantic", "contextual", "contrastive"] = "contextual"
+    weights: dict[str, float] = dataclasses.field(default_factory=lambda: {"nll": 1.0, "info_nce": 1.0, "tie": 1.0})
+    unit_scale: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run of the stages that `stages` names, in their order, and of the latents.
+
+    model: the decoder that every network is a copy of; init_from: a Hugging Face folder to start from instead. dropout:
+    around the mappers of a latent, and of contextual vectors before the decoder. contrast_weight, temperature: of
+    InfoNCE. num_sentences: rolled at inference. evals: validations of a stage, the
+    best of which is kept. seed: of parameters and dropout.
+    """
+
+    run_dir: str
+    data: TaskConfig
+    stages: dict[str, StageConfig]
+    model: DecoderConfig | None = None
+    init_from: str | None = None
+    mesh: MeshConfig = MeshConfig()
+    recipe: Literal["sentence_by_sentence"] = "sentence_by_sentence"
+    latents: tuple[LatentStage, ...] = ()
+    dropout: float = 0.2
+    contrast_weight: float = 0.5
+    temperature: float = 0.1
+    num_sentences: int = 10
+    evals: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.stages) - set(STAGES))
+        if unknown or not self.stages:
+            raise ValueError(f"stages: expected some of {', '.join(STAGES)}; found {', '.join(unknown) or 'none'}")
+        needs = {name: NEEDS.get(name, ()) for name in self.stages} | {x.name: ("cot", x.vectors) for x in self.latents}
+        for name, needed in needs.items():
+            lacking = ", ".join(stage for stage in needed if stage not in self.stages)
+            if lacking:
+                raise ValueError(f"{name} starts from stages that are not there: add stages.{lacking}")
+        names = [*self.stages, *(x.name for x in self.latents)]
+        if len(set(names)) != len(names) or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+            raise ValueError(f"latents: expected names of their own that a folder can have, found {', '.join(names)}")
+
+
+def resolve(cfg: Config) -> Config:
+    """Fills in the model from `init_from`; ValueError if neither is given."""
+    if cfg.model is not None:
+        return cfg
+    if cfg.init_from is None:
+        raise ValueError("config: give model (the decoder's fields) or init_from (a Hugging Face folder)")
+    return dataclasses.replace(cfg, model=load_config(cfg.init_from))
+
+
+def shrink(cfg: Config) -> Config:
+    """The same stages with a small random model, two rows a device and few steps, on a folded mesh."""
+    mesh = fold_mesh(cfg.mesh)
+    rows = 2 * mesh.slice * (mesh.data or 1) * mesh.fsdp
+
+    def short(stage: Any) -> Any:
+        return dataclasses.replace(stage, num_steps=2, warmup_steps=min(stage.warmup_steps, 1))
+
+    assert cfg.model is not None  # resolve
+    return dataclasses.replace(
+        cfg, run_dir=f"{cfg.run_dir}-shrunk", init_from=None, model=shrink_decoder(cfg.model), mesh=mesh,
+        stages={name: short(stage) for name, stage in cfg.stages.items()}, latents=tuple(map(short, cfg.latents)),
+        evals=1, num_sentences=2,
+        data=dataclasses.replace(cfg.data, batch_size=rows, num_validation=4, num_test=4, num_samples=64),
+    )  # fmt: skip
+
+
+def run(cfg: Config) -> dict[str, dict[str, float]]:
+    """Trains every stage, judges it on the test samples, and writes the table; started again, it goes on.
+
+    Returns the rows of the table: scores in percent, and costs (`costs`).
+    """
+    cfg = resolve(cfg)
+    task = make_task(cfg.data, Path(cfg.run_dir) / "tokenizer")
+    say(", ".join(f"{part}: {len(samples):,} samples" for part, samples in task.samples.items()))
+    example = task.samples["train"][0]
+    say("\n".join(["first sample:", example.question, *example.sentences]))
+    stages = Stages(cfg, task)
+    kept: dict[str, Params] = {}
+    rows: dict[str, dict[str, float]] = {}
+    ways = [stages.way(name) for name in STAGES if name in cfg.stages] + [stages.latent(x) for x in cfg.latents]
+    for way in ways:
+        say(f"=== {way.name}")
+        kept[way.name] = stages.train(way, kept)
+        rows |= way.judge(kept[way.name], "test", kept)
+    for name, cost in costs(cfg, task, list(rows)).items():
+        rows[name] = rows[name] | cost
+    if jax.process_index() == 0:
+        write_results(cfg.run_dir, rows)
+        say(table(rows))
+    return rows
+
+
+def costs(cfg: Config, task: Task, rows: Sequence[str]) -> dict[str, dict[str, float]]:
+    """MFLOPs of a right answer, averaged over the test samples, by way of inference: with the head at every position of
+    the question, and at its last alone."""
+    assert cfg.model is not None  # resolve
+    found = task.rows["test"]
+    segments = found.extra["step_segments"].sum(axis=-1)
+    number = (segments > 0).sum(axis=-1)
+    question = float(np.mean([len(ids) for ids in found.columns["question"].tokens]))
+    written, sentences = float(segments.sum(axis=-1).mean()), float(number.mean())
+    answer = float(segments[np.arange(len(number)), number - 1].mean())
+    kinds = {latent.name: latent.vectors for latent in cfg.latents}
+
+    def flops(row: str, head_at: HeadAt) -> float | None:
+        assert cfg.model is not None
+        name, _, way = row.partition(" ")
+        asked = dict(question=question, head_at=head_at)
+        if name in ("direct", "cot"):
+            return token_by_token(cfg.model, written=answer if name == "direct" else written, **asked)
+        if way == "continuous":
+            return continuous(cfg.model, sentences=sentences, answer=answer, **asked)
+        if way == "discretized":
+            contextual = kinds[name] != "semantic"
+            return discretized(cfg.model, sentences=sentences, written=written, contextual=contextual, **asked)
+        return None
+
+    counted = {row: {f"MFLOP, head {at}": flops(row, at) for at in HEADS} for row in rows}
+    return {row: {k: v / 1e6 for k, v in cost.items() if v is not None} for row, cost in counted.items()}
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """The scores as Markdown: a row for each way of inference, percent.
+
+    >>> print(table({"cot": {"accuracy": 81.5}}))
+    | | accuracy |
+    |---|---|
+    | cot | 81.5 |
+    """
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    lines = [f"| | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
+    for row, scores in rows.items():
+        cells = (f"{scores[name]:.1f}" if name in scores else "" for name in names)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""The recipe of sentence-by-sentence reasoning: stages that go on where they stopped, and how answers are judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data.sources import SourceConfig
+from jaxlm.models.config import DecoderConfig
+from jaxlm.recipes import sentence_by_sentence as recipe
+from jaxlm.recipes import sentence_data
+from jaxlm.recipes.config import to_dataclass, to_dict
+from jaxlm.recipes.sentence_by_sentence import LatentStage, StageConfig
+from jaxlm.recipes.sentence_data import TaskConfig
+from jaxlm.sharding.mesh import MeshConfig
+
+MODEL = DecoderConfig(
+    vocab_size=320, width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64, max_length=256,
+    scan_layers=False,
+)  # fmt: skip
+TASK = TaskConfig(
+    "blocksworld", "sentencepiece:300", num_blocks=3, num_validation=8, num_test=8, max_steps=6, max_step_tokens=20,
+    max_question_tokens=96, batch_size=8, num_threads=0,
+)  # fmt: skip
+
+
+def config(folder, **changes) -> recipe.Config:
+    stages = {name: StageConfig(6, learning_rate=1e-2) for name in ("direct", "cot", "semantic", "contextual")}
+    stages["contrastive"] = StageConfig(3)
+    latents = (LatentStage(6, name="ours"), LatentStage(3, name="paper", weights={"nll": 1.0}, vectors="semantic"))
+    plain = dict(
+        run_dir=str(folder), data=TASK, stages=stages, latents=latents, model=MODEL, mesh=MeshConfig(), num_sentences=3,
+        evals=2,
+    )  # fmt: skip
+    return recipe.Config(**plain | changes)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return sentence_data.make_task(TASK, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.slow
+def test_all_stages_run_and_started_again_they_go_on(tmp_path):
+    rows = recipe.run(config(tmp_path / "run"))
+    ways = [f"{name} {how}" for name in ("ours", "paper") for how in ("continuous", "discretized")]
+    assert list(rows) == ["direct", "cot", "semantic", "contextual", "contrastive", *ways]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
+    losses = [json.loads(line) for line in (tmp_path / "run" / "cot" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1]["step"] == 6
+    # Another latent is added: the stages before it are there already, and give the same scores.
+    more = (*config(tmp_path).latents, LatentStage(3, name="more", unit_scale=False))
+    before = (tmp_path / "run" / "cot" / "metrics.jsonl").read_text()
+    again = recipe.run(config(tmp_path / "run", latents=more))
+    assert {name: again[name] for name in rows} == rows and "more continuous" in again
+    assert (tmp_path / "run" / "cot" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(tmp_path, monkeypatch):
+    def losses(folder, mesh):
+        small = dict(stages={"cot": StageConfig(4), "contextual": StageConfig(4)}, latents=(LatentStage(4, name="z"),))
+        recipe.run(config(folder, mesh=mesh, **small))
+        lines = (folder / "z" / "metrics.jsonl").read_text().splitlines()
+        return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
+
+    many = losses(tmp_path / "many", MeshConfig(data=2, fsdp=4))
+    monkeypatch.setattr("jaxlm.recipes.sentence_stages.make_mesh", lambda cfg: _one_device_mesh())
+    np.testing.assert_allclose(many, losses(tmp_path / "one", MeshConfig()), rtol=1e-4)
+
+
+def _one_device_mesh():
+    from jaxlm.sharding.mesh import make_mesh
+
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def test_answers_are_judged_and_steps_checked(task):
+    samples = task.samples["test"]
+    gold = [list(s.sentences) for s in samples]
+    assert sentence_data.judge(task, samples, gold) == {"accuracy": 100.0, "solved": 100.0}
+    no_steps = [[s.sentences[-1], "more"] for s in samples]
+    assert sentence_data.judge(task, samples, no_steps) == {"accuracy": 100.0, "solved": 0.0}
+    no_answer = [list(s.steps) for s in samples]
+    assert sentence_data.judge(task, samples, no_answer) == {"accuracy": 0.0, "solved": 0.0}
+    half = gold[:4] + [["### 99"]] * 4
+    assert sentence_data.judge(task, samples, half) == {"accuracy": 50.0, "solved": 50.0}
+
+
+def test_a_task_has_its_parts_and_one_tokenizer(task):
+    assert {part: len(s) for part, s in task.samples.items()} == {"train": 140, "validation": 8, "test": 8}
+    decode = task.tokenizer.decode
+    row = task.rows["test"].row(0)
+    sample = task.samples["test"][0]
+    assert decode(row["text/tokens"][row["text/segments"] == 1]) == "\n".join([sample.question, *sample.sentences, ""])
+
+
+def test_ones_own_samples_are_read(tmp_path):
+    rows = [{"question": f"q{i}", "steps": ["a", "b" * (1 + 40 * (i == 3))], "answer": str(i)} for i in range(6)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", path=str(path))
+    cfg = dataclasses.replace(TASK, task="jsonl", tokenizer="bytes", train=source, validation=source, test=source)
+    task = sentence_data.make_task(cfg, tmp_path / "tokenizer")
+    assert [s.question for s in task.samples["test"]] == ["q0", "q1", "q2", "q4", "q5"] and task.solved is None
+    assert task.skipped == {f"too long in {part}": 1 for part in ("train", "validation", "test")}
+    assert sentence_data.judge(task, task.samples["test"], [["### 0"]] * 5) == {"accuracy": 20.0}
+
+
+def test_settings_survive_the_record_and_what_cannot_be_meant_is_refused(tmp_path):
+    cfg = config(tmp_path)
+    assert to_dataclass(recipe.Config, to_dict(cfg)) == cfg
+    small = recipe.shrink(cfg)
+    assert small.run_dir.endswith("-shrunk") and {s.num_steps for s in small.stages.values()} == {2}
+    for changes, message in [
+        (dict(stages={"cott": StageConfig(1)}), "expected some of direct, cot"),
+        (dict(stages={"semantic": StageConfig(1)}, latents=()), "semantic starts from .* add stages.cot"),
+        (dict(latents=(LatentStage(1, name="cot"),)), "expected names of their own"),
+        (dict(latents=(LatentStage(1, name="a b"),)), "expected names of their own"),
+        (dict(model=None), "give model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe.resolve(config(tmp_path, **changes))
+    with pytest.raises(ValueError, match="expected train, validation and test; found none"):
+        dataclasses.replace(TASK, task="gsm8k")
+    with pytest.raises(ValueError, match="expected 'sentencepiece:SIZE'"):
+        sentence_data.make_task(dataclasses.replace(TASK, tokenizer="sentencepiece:x"), tmp_path)
+    with pytest.raises(ValueError, match="set model.vocab_size to at least 300"):
+        recipe.run(config(tmp_path, model=dataclasses.replace(MODEL, vocab_size=260)))
+
+
+def test_costs_are_those_of_the_test_samples(tmp_path, task):
+    rows = ["direct", "cot", "contextual", "ours continuous", "ours discretized", "paper discretized"]
+    found = recipe.costs(config(tmp_path), task, rows)
+    assert found["contextual"] == {}
+    last = {row: cost["MFLOP, head last"] for row, cost in found.items() if cost}
+    assert last["direct"] < last["ours continuous"] < last["cot"] < last["paper discretized"] < last["ours discretized"]
+    head = 2 * MODEL.width * MODEL.vocab_size * np.mean([len(q) for q in task.rows["test"].columns["question"].tokens])
+    for row, cost in found.items():
+        if cost:
+            assert cost["MFLOP, head every"] - last[row] == pytest.approx(head / 1e6)

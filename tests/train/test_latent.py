@@ -1,0 +1,139 @@
+"""Losses of the stages of sentence-by-sentence reasoning: what is counted, what moves, and what does not."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.data.reasoning import Sample, make_sample_rows
+from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.losses import latent_info_nce
+from jaxlm.models import decoder, latent
+from jaxlm.models import spec as specs
+from jaxlm.models.config import DecoderConfig
+from jaxlm.train.latent import make_answer_loss, make_latent_loss, make_sentence_loss, sentences
+
+MODEL = DecoderConfig(
+    vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=32, max_length=64
+)
+CFG = latent.LatentConfig(MODEL, 16, 16, dropout=0.0)
+HEAD = partial(decoder.head, cfg=MODEL)
+STATES = partial(latent.decoder_states, cfg=MODEL)
+SAMPLES = [Sample("ab?", ("c", "de"), "f"), Sample("a?", (), "g"), Sample("long one?", ("cc",), "f")]
+
+
+def apply(params, tokens, *, positions, segments, key):
+    return decoder.forward(params, tokens, cfg=MODEL, segments=segments).hidden
+
+
+def semantic(params, batch):
+    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("steps", "step_segments"))
+    found = latent.encode_sentences(params, tokens, segments, cfg=MODEL)
+    return found.reshape(*batch["steps"].shape[:2], -1)
+
+
+def contextual(params, batch):
+    text = batch["text/tokens"], batch["text/segments"], batch["ends"][:, :-1]
+    return latent.encode_prefixes(params, *text, cfg=MODEL)
+
+
+def predict(params, batch, vectors, mask, key):
+    return latent.predict(params, batch["question/tokens"], batch["question/segments"], vectors, mask, cfg=CFG)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rows, _ = make_sample_rows(
+        SAMPLES, ByteTokenizer(), origin="toy", max_steps=4, max_step_tokens=7, max_question_tokens=16
+    )
+    found = [rows.row(i) for i in range(3)]
+    return {name: jnp.stack([row[name] for row in found]) for name in found[0]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return specs.init(jax.random.key(0), decoder.spec(MODEL))
+
+
+def test_the_answer_loss_counts_what_follows_the_question(batch, params):
+    total, weight, _ = make_answer_loss(apply, HEAD)(params, batch, None)
+    counted = [len("\n".join([*s.sentences, ""]).encode()) for s in SAMPLES]
+    assert weight == sum(counted)
+    expected = 0.0
+    for sample in SAMPLES:
+        text = np.frombuffer("\n".join([sample.question, *sample.sentences, ""]).encode(), np.uint8).astype(np.int32)
+        hidden = decoder.forward(params, text[None, :-1], cfg=MODEL).hidden[0]
+        logp = jax.nn.log_softmax(hidden @ HEAD(params)["unembed"].T)
+        nll = -np.asarray(logp)[np.arange(len(text) - 1), text[1:]]
+        expected += nll[len(sample.question) :].sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vectors", [semantic, contextual], ids=lambda f: f.__name__)
+def test_padding_and_missing_sentences_change_nothing(batch, params, vectors):
+    loss = make_sentence_loss(vectors, STATES, HEAD)
+    spoilt = {
+        name: jnp.where(batch[name.replace("tokens", "segments").replace("steps", "step_segments")] == 0, 77, x)
+        if name.endswith(("tokens", "steps")) else x
+        for name, x in batch.items()
+    }  # fmt: skip
+    run = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, None)[0]))
+    (one, grad), (two, other) = run(params, batch), run(params, spoilt)
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(other)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    alone = {name: x[:1] for name, x in batch.items()}
+    count = float(batch["step_segments"].sum())
+    per_sample = [float(run(params, {n: x[i : i + 1] for n, x in batch.items()})[0]) for i in range(3)]
+    tokens = np.asarray(batch["step_segments"].sum(axis=(1, 2)))
+    np.testing.assert_allclose(one / 3, (per_sample * tokens).sum() / count, rtol=1e-5)
+    assert sentences(alone).tolist() == [[True, True, True, False]]
+
+
+def test_the_contrast_draws_contextual_vectors_to_the_semantic_ones(batch, params):
+    loss = make_sentence_loss(contextual, STATES, HEAD, semantic=semantic, contrast_weight=0.5)
+    frozen = specs.init(jax.random.key(1), decoder.spec(MODEL))
+    total, rows, metrics = loss(params, batch, None, frozen=frozen)
+    there = sentences(batch)
+    nce = latent_info_nce(contextual(params, batch), semantic(frozen, batch), mask=there, temperature=0.1)
+    expected = metrics["nll"][0] + 0.5 * 3 * nce.sum() / there.sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    moved = jax.grad(lambda f: loss(params, batch, None, frozen=f)[0])(frozen)
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(moved))
+    assert rows == 3
+
+
+def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch, params):
+    weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25}
+    frozen = {"encoder": params, "decoder": specs.init(jax.random.key(1), decoder.spec(MODEL))}
+    trained = specs.init(jax.random.key(2), latent.spec(CFG))
+    loss = make_latent_loss(contextual, predict, STATES, HEAD, weights=weights)
+    total, rows, metrics = loss(trained, batch, None, frozen=frozen)
+    assert sum(w * metrics[name][0] for name, w in weights.items()) == pytest.approx(float(total), rel=1e-6)
+    found = predict(trained, batch, contextual(params, batch), sentences(batch), None)
+    there = np.asarray(sentences(batch))
+    tie = np.mean((np.asarray(found.output) - np.asarray(found.target)) ** 2, axis=-1)[there].mean()
+    np.testing.assert_allclose(metrics["tie"][0] / rows, tie, rtol=1e-5)
+    grad = jax.grad(lambda p: loss(p, batch, None, frozen=frozen)[0])(trained)
+    for name, needed in (("into", True), ("out", True), ("model", True)):
+        assert (np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0) == needed
+    alone = make_latent_loss(contextual, predict, STATES, HEAD, weights={"tie": 1.0})
+    tied = jax.grad(lambda p: alone(p, batch, None, frozen=frozen)[0])(trained)
+    assert np.all(np.asarray(tied["out"]["up"]["kernel"]) == 0)
+
+
+def test_one_network_may_be_encoder_and_decoder(batch, params):
+    trained = specs.init(jax.random.key(2), latent.spec(CFG))
+    loss = make_latent_loss(semantic, predict, STATES, HEAD, weights={"nll": 1.0})
+    one = loss(trained, batch, None, frozen={"encoder": params})[0]
+    assert one == loss(trained, batch, None, frozen={"encoder": params, "decoder": params})[0]
+
+
+@pytest.mark.parametrize("weights", [{}, {"nll": 1.0, "kl": 1.0}])
+def test_unknown_terms_are_refused(weights):
+    with pytest.raises(ValueError, match="expected nll, info_nce, tie, mse"):
+        make_latent_loss(semantic, predict, STATES, HEAD, weights=weights)
