@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
         max_question_tokens=64, batch_size=32,
     )  # fmt: skip
     config.num_sentences = 8
+    config.lens = 8
     config.stages = dict(
         direct=dict(num_steps=1500, learning_rate=1e-3, warmup_steps=100),
         cot=dict(num_steps=2500, learning_rate=1e-3, warmup_steps=100),

@@ -36,6 +36,7 @@ from jaxlm.analysis.sentence_flops import HeadAt, continuous, discretized, token
 from jaxlm.models.config import DecoderConfig
 from jaxlm.recipes.load import load_config
 from jaxlm.recipes.sentence_data import Task, TaskConfig, make_task
+from jaxlm.recipes.sentence_lens import write_lens
 from jaxlm.recipes.sentence_stages import Stages
 from jaxlm.recipes.sentences import write_results
 from jaxlm.recipes.shrink import fold_mesh, shrink_decoder
@@ -77,8 +78,8 @@ class Config:
 
     model: the decoder that every network is a copy of; init_from: a Hugging Face folder to start from instead. dropout:
     around the mappers of a latent, and of contextual vectors before the decoder. contrast_weight, temperature: of
-    InfoNCE. num_sentences: rolled at inference. evals: validations of a stage, the
-    best of which is kept. seed: of parameters and dropout.
+    InfoNCE. num_sentences: rolled at inference. evals: validations of a stage, the best of which is kept. lens: test
+    questions of which lens.html shows every layer of the first latent. seed: of parameters and dropout.
     """
 
     run_dir: str
@@ -93,6 +94,7 @@ class Config:
     contrast_weight: float = 0.5
     temperature: float = 0.1
     num_sentences: int = 10
+    lens: int = 0
     evals: int = 4
     seed: int = 0
 
@@ -159,6 +161,13 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     if jax.process_index() == 0:
         write_results(cfg.run_dir, rows)
         say(table(rows))
+    if cfg.lens and cfg.latents:
+        first = cfg.latents[0]
+        path = write_lens(
+            stages, stages.latent_config(first), kept[first.name], kept[first.vectors], number=cfg.lens,
+            folder=Path(cfg.run_dir), title=f"{cfg.data.task}: {first.name}",
+        )  # fmt: skip
+        say(f"every layer as sentences: {path}")
     return rows
 
 

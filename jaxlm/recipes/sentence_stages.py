@@ -118,10 +118,14 @@ class Stages:
             )
         return way
 
+    def latent_config(self, stage: LatentStage) -> LatentConfig:
+        """The latent model of a stage, as wide as its encoder and decoder."""
+        width = self.model.width
+        return LatentConfig(self.model, width, width, dropout=self.cfg.dropout, unit_scale=stage.unit_scale)
+
     def latent(self, stage: LatentStage) -> Way:
         """A latent model between the vectors of a stage, which starts as a copy of the language model."""
-        width = self.model.width
-        cfg = LatentConfig(self.model, width, width, dropout=self.cfg.dropout, unit_scale=stage.unit_scale)
+        cfg = self.latent_config(stage)
         spec = latent.spec(cfg)
 
         def predict(params: Params, batch: Batch, vectors: Array, mask: Array, key: Array | None) -> Any:
