@@ -19,6 +19,8 @@ import numpy as np
 from jaxlm.bench.interleave import interleave, medians
 from jaxlm.evals.encode import Encoder
 from jaxlm.recipes.encode import read_texts
+from jaxlm.recipes.runtime import Runtime, configure
+from jaxlm.sharding.mesh import MeshConfig, make_mesh
 
 RIVAL = "sentence-transformers"
 
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="the field of a jsonl row (default: text)")
     parser.add_argument("--limit", type=int, default=1000, help="texts (default 1000)")
     parser.add_argument("--versus", choices=(RIVAL, "none"), default="none", help="the rival (default: none)")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts a call (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts a call, on each device (default 32)")
+    parser.add_argument("--simulate-devices", type=int, metavar="N", help="N CPU devices, between which rows are split")
     parser.add_argument("--rounds", type=int, default=7, help="passes of each (default 7)")
     parser.add_argument("--json", metavar="OUT", help="write the figures there")
 
@@ -40,8 +43,12 @@ def main(args: argparse.Namespace) -> int:
     texts = list(read_texts(Path(args.texts), args.field))[: args.limit]
     if not texts:
         raise ValueError(f"--texts {args.texts}: no text in it")
-    model = Encoder.load(args.model)
-    runs: dict[str, Callable[[], np.ndarray]] = {"jaxlm": lambda: model.encode(texts, batch_size=args.batch_size)}
+    configure(Runtime(simulated_devices=args.simulate_devices))
+    mesh = make_mesh(MeshConfig())
+    model = Encoder.load(args.model).on(mesh)
+    runs: dict[str, Callable[[], np.ndarray]] = {
+        "jaxlm": lambda: model.encode(texts, batch_size=args.batch_size * mesh.size)
+    }
     if args.versus == RIVAL:
         runs[RIVAL] = theirs(args.model, texts, args.batch_size)
         print(f"smallest cosine between both: {check(runs['jaxlm'](), runs[RIVAL]()):.7f}")
