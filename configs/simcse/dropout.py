@@ -23,7 +23,7 @@ def get_config(data: str = "data") -> ConfigDict:
     config.base.model, config.base.data.tokenizer = None, None  # those of the start
     config.base.init_from = "all-MiniLM-L6-v2"
     config.base.optim.learning_rate = 1e-4
-    config.base.train = dict(num_steps=120, eval_every=120, checkpoint_every=None, log_every=20)
+    config.base.train = dict(num_steps=80, eval_every=80, checkpoint_every=None, log_every=20)
     config.variants = [
         dict(name="dropout 0.1", changes=[]),
         dict(name="dropout 0", changes=["dropout=0.0"]),
