@@ -1,7 +1,10 @@
-"""Supervised sentence vectors: a small encoder from scratch on the scored pairs of STS-B, by CoSENT.
+r"""Supervised sentence vectors: a small encoder from scratch on the scored pairs of STS-B, by CoSENT.
 
     jaxlm train --config configs/simcse/sup.py:DATA
     jaxlm train --config configs/simcse/sup.py:DATA --config.loss=angle
+    jaxlm train --config configs/simcse/sup.py:DATA --config.model=None --config.data.tokenizer=None \
+        --config.init_from=path/to/all-MiniLM-L6-v2 --config.optim.learning_rate=2e-5 --config.optim.warmup_steps=10 \
+        --config.train.num_steps=90 --config.train.eval_every=45 --config.train.checkpoint_every=45
 
 DATA: a folder with stsb/stsb-en-{train,dev}.csv (`jaxlm.evals.sts` says where they can be had).
 
