@@ -92,6 +92,8 @@ def test_show_prints_what_training_sees(capsys):
     assert "row 0 is train row" in out and "⟦" in out
     assert main(["show", "--config", config, "--tokens", "--limit", "5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 6
+    assert main(["show", "--config", str(ROOT / "configs/simcse/unsup.py")]) == 1
+    assert "the recipe 'simcse' shows an example when it starts" in capsys.readouterr().err
 
 
 def test_tokenizer_trains_a_lossless_model(tmp_path, capsys):

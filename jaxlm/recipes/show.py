@@ -27,10 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the batch of a step."""
     from jaxlm.data import pipeline
+    from jaxlm.data.config import DataConfig
     from jaxlm.data.show import render_batch, render_tokens
     from jaxlm.data.tokenizer import load_tokenizer
 
     _, cfg = load_recipe(args.config, args.overrides)
+    if not isinstance(getattr(cfg, "data", None), DataConfig):
+        raise ValueError(
+            f"--config {args.config}: jaxlm show prints batches of text (recipes lm and dpo); the recipe "
+            f"{getattr(cfg, 'recipe', '?')!r} shows an example when it starts: jaxlm train --config … --shrink"
+        )
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     data = pipeline.build(cfg.data, tokenizer)
     if not 0 <= args.step < data.train.num_steps:
