@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.errors import BadRow
 from jaxlm.data.reasoning import Sample
 
 NAMES = ("Alex", "Anna", "Ben", "Carla", "Davis", "Eva", "Frank", "Greta", "Jack", "Lily", "Max", "Tom")
@@ -137,11 +136,3 @@ def solves(question: str, steps: Sequence[str], answer: str) -> bool:
         return False
     joined = path[0][0] == person and path[-1][1] == end and all(a[1] == b[0] for a, b in itertools.pairwise(path))
     return joined and set(path) <= set(edges) and len(path) == _distance(edges, person)[end]
-
-
-def prosqa(row: Mapping[str, Any], origin: str) -> Sample:
-    """A row of the released files as a sample."""
-    try:
-        return Sample(row["question"], tuple(row["steps"]), row["answer"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadRow(origin, "no sample", f"expected question, steps and answer, found {sorted(row)}") from error

@@ -54,11 +54,16 @@ def read_samples(source: SourceConfig) -> Iterator[Sample]:
 
 
 def sample_of(row: Mapping[str, Any], origin: str) -> Sample:
-    """A row {question: text, steps: [text, …], answer: text} as a sample."""
+    """A row {question: text, steps: [text, …], answer: text} as a sample.
+
+    Published files of CommonsenseQA have the answer's sentence as their last step too: it is one sentence here.
+    """
     question, answer = (text_of(row, origin, field=field) for field in ("question", "answer"))
     steps = row.get("steps")
     if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
         raise BadRow(origin, "no steps", f"expected a list of texts in 'steps', found {steps!r:.80}")
+    if steps and steps[-1] == f"{ANSWER_MARK}{answer}":
+        steps = steps[:-1]
     try:
         return Sample(question, tuple(steps), answer)
     except ValueError as error:

@@ -80,8 +80,9 @@ def test_what_is_no_legal_move_is_no_solution(steps):
 def test_states_are_read_back_and_other_words_refused(samples):
     for state in bw.states(3):
         assert bw.parse_state(bw.describe(state)) == state
-    with pytest.raises(ValueError, match="expected a state such as"):
-        bw.parse_state("A on the floor")
+    for words in ("A on the floor", "A on B, B on A", "A on C, B on C, C on the table", "A on B", "A on A"):
+        with pytest.raises(ValueError, match="expected a state such as"):
+            bw.parse_state(words)
     with pytest.raises(ValueError, match="1 to 26"):
         bw.states(0)
 

@@ -48,6 +48,9 @@ def test_jsonl_of_ones_own_is_read_and_bad_rows_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(vars(s)) + "\n" for s in SAMPLES))
     assert list(read_samples(SourceConfig("jsonl", path=str(path)))) == SAMPLES
+    twice = {"question": "q", "steps": ["because", "### D"], "answer": "D"}  # as CommonsenseQA is published
+    path.write_text(json.dumps(twice) + "\n")
+    assert next(read_samples(SourceConfig("jsonl", path=str(path)))).sentences == ("because", "### D")
     for row, message in [
         ({"question": "q", "answer": "a"}, "mine.jsonl:1.*list of texts in 'steps', found None"),
         ({"question": "q", "steps": ["a\nb"], "answer": "a"}, "mine.jsonl:1.*holds a newline"),
