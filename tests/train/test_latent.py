@@ -60,7 +60,7 @@ def params():
 
 
 def test_the_answer_loss_counts_what_follows_the_question(batch, params):
-    total, weight, _ = make_answer_loss(apply, HEAD)(params, batch, None)
+    total, weight, _ = jax.jit(make_answer_loss(apply, HEAD))(params, batch, None)
     counted = [len("\n".join([*s.sentences, ""]).encode()) for s in SAMPLES]
     assert weight == sum(counted)
     expected = 0.0
@@ -95,11 +95,12 @@ def test_padding_and_missing_sentences_change_nothing(batch, params, vectors):
 
 
 def test_the_contrast_draws_contextual_vectors_to_the_semantic_ones(batch, params):
-    loss = make_sentence_loss(contextual, STATES, HEAD, semantic=semantic, contrast_weight=0.5)
+    loss = jax.jit(make_sentence_loss(contextual, STATES, HEAD, semantic=semantic, contrast_weight=0.5))
     frozen = specs.init(jax.random.key(1), decoder.spec(MODEL))
     total, rows, metrics = loss(params, batch, None, frozen=frozen)
     there = sentences(batch)
-    nce = latent_info_nce(contextual(params, batch), semantic(frozen, batch), mask=there, temperature=0.1)
+    found = jax.jit(contextual)(params, batch), jax.jit(semantic)(frozen, batch)
+    nce = latent_info_nce(*found, mask=there, temperature=0.1)
     expected = metrics["nll"][0] + 0.5 * 3 * nce.sum() / there.sum()
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     moved = jax.grad(lambda f: loss(params, batch, None, frozen=f)[0])(frozen)
@@ -111,24 +112,25 @@ def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch,
     weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25}
     frozen = {"encoder": params, "decoder": specs.init(jax.random.key(1), decoder.spec(MODEL))}
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = make_latent_loss(contextual, predict, STATES, HEAD, weights=weights)
+    loss = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights=weights))
     total, rows, metrics = loss(trained, batch, None, frozen=frozen)
     assert sum(w * metrics[name][0] for name, w in weights.items()) == pytest.approx(float(total), rel=1e-6)
-    found = predict(trained, batch, contextual(params, batch), sentences(batch), None)
+    vectors = jax.jit(contextual)(params, batch)
+    found = jax.jit(predict)(trained, batch, vectors, sentences(batch), None)
     there = np.asarray(sentences(batch))
     tie = np.mean((np.asarray(found.output) - np.asarray(found.target)) ** 2, axis=-1)[there].mean()
     np.testing.assert_allclose(metrics["tie"][0] / rows, tie, rtol=1e-5)
     grad = jax.grad(lambda p: loss(p, batch, None, frozen=frozen)[0])(trained)
     for name, needed in (("into", True), ("out", True), ("model", True)):
         assert (np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0) == needed
-    alone = make_latent_loss(contextual, predict, STATES, HEAD, weights={"tie": 1.0})
+    alone = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights={"tie": 1.0}))
     tied = jax.grad(lambda p: alone(p, batch, None, frozen=frozen)[0])(trained)
     assert np.all(np.asarray(tied["out"]["up"]["kernel"]) == 0)
 
 
 def test_one_network_may_be_encoder_and_decoder(batch, params):
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = make_latent_loss(semantic, predict, STATES, HEAD, weights={"nll": 1.0})
+    loss = jax.jit(make_latent_loss(semantic, predict, STATES, HEAD, weights={"nll": 1.0}))
     one = loss(trained, batch, None, frozen={"encoder": params})[0]
     assert one == loss(trained, batch, None, frozen={"encoder": params, "decoder": params})[0]
 
