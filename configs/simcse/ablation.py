@@ -6,8 +6,8 @@
 The start is an encoder that has learnt to guess words, as in the paper (there BERT).
 DATA as in unsup.py. The paper's figures (BERT base, STS-B dev): dropout 0, 0.1 and one mask 71.1, 82.5, 43.6;
 temperatures 0.001, 0.01, 0.05, 0.1, 1 (supervised) 84.9, 85.4, 86.2, 82.0, 64.0.
-Measured (three seeds; the start has 39.7): dropout 0, 0.1, one mask 55.5, 52.2, 54.1; temperatures 0.01 to 1 47.9, 52.2,
-49.1, 39.7 (the best checkpoint, which at 1 is the start).
+Measured (three seeds; the start has 39.7): dropout 0, 0.1, one mask 55.5, 52.2, 54.1; temperatures 0.01, 0.05, 0.1, 1
+47.9, 52.2, 49.1, 39.7 (the best checkpoint, which at 1 is the start).
 """
 
 from pathlib import Path
