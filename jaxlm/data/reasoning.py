@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy as np
 from jaxlm.data.encode import text_of
 from jaxlm.data.errors import BadRow
 from jaxlm.data.sentences import LENGTH_STEP, Column, SentenceRows
-from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import Tokenizer
 
 ANSWER_MARK = "### "
@@ -46,13 +45,6 @@ class Sample:
         return *self.steps, f"{ANSWER_MARK}{self.answer}"
 
 
-def read_samples(source: SourceConfig) -> Iterator[Sample]:
-    """Rows {question, steps, answer} of a source; BadRow, with file and row, for one that is something else."""
-    rows = open_source(source)
-    for i in range(len(rows)):
-        yield sample_of(rows[i], rows.origin(i))
-
-
 def sample_of(row: Mapping[str, Any], origin: str) -> Sample:
     """A row {question: text, steps: [text, …], answer: text} as a sample.
 
@@ -64,8 +56,12 @@ def sample_of(row: Mapping[str, Any], origin: str) -> Sample:
         raise BadRow(origin, "no steps", f"expected a list of texts in 'steps', found {steps!r:.80}")
     if steps and steps[-1] == f"{ANSWER_MARK}{answer}":
         steps = steps[:-1]
+    return _sample(question, tuple(steps), answer, origin)
+
+
+def _sample(question: str, steps: tuple[str, ...], answer: str, origin: str) -> Sample:
     try:
-        return Sample(question, tuple(steps), answer)
+        return Sample(question, steps, answer)
     except ValueError as error:
         raise BadRow(origin, "no sentences", str(error)) from error
 
@@ -81,7 +77,7 @@ def gsm8k(row: Mapping[str, Any], origin: str) -> Sample:
     if not mark:
         raise BadRow(origin, "no answer", f"expected '#### <number>' at the end, found {solution[-40:]!r}")
     steps = tuple(f"<<{equation}>>" for equation in EQUATION.findall(worked))
-    return Sample(" ".join(question.split()), steps, answer.strip().replace(",", ""))
+    return _sample(" ".join(question.split()), steps, answer.strip().replace(",", ""), origin)
 
 
 def multiple_choice(question: str, choices: Sequence[str]) -> str:
@@ -132,6 +128,8 @@ def make_sample_rows(
             kept.append((question, steps))
             places.append(f"{origin}:{i}")
     if not kept:
+        if not left_out:
+            raise ValueError(f"{origin}: there is no sample")
         raise ValueError(
             f"{origin}: all {left_out} samples are longer than max_steps={max_steps}, max_step_tokens="
             f"{max_step_tokens}, max_question_tokens={max_question_tokens}: raise them"

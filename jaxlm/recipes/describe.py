@@ -1,8 +1,9 @@
-"""What a run prints before step 0: the table of parameters, as a person checks it."""
+"""What a run prints for a person to check: the table of parameters before step 0, and that of scores at the end."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,6 +44,23 @@ def parameter_table(spec: Spec, shardings: Any = None, *, dtype: Any = jnp.float
         )
         for row in rows
     )
+
+
+def score_table(rows: Mapping[str, Mapping[str, float]], *, digits: int = 2) -> str:
+    """The scores of each system as Markdown; a cell is empty where a system has no such score.
+
+    >>> print(score_table({"start": {"recall": 50.0}, "trained": {"recall": 61.5, "rank": 2}}, digits=1))
+    | | recall | rank |
+    |---|---|---|
+    | start | 50.0 |  |
+    | trained | 61.5 | 2.0 |
+    """
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    lines = [f"| | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
+    for row, scores in rows.items():
+        cells = (f"{scores[name]:.{digits}f}" if name in scores else "" for name in names)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _axis(axis: Any) -> str:

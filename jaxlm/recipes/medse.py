@@ -37,6 +37,7 @@ from jaxlm.evals.sts import Pairs
 from jaxlm.losses import info_nce
 from jaxlm.models.sentence_encoder import AnyConfig
 from jaxlm.recipes import sentences
+from jaxlm.recipes.describe import score_table
 from jaxlm.recipes.medse_data import OntologyConfig, defined, make_med_rows, training_rows, whole
 from jaxlm.recipes.sentences import Trainer, make_scores
 from jaxlm.recipes.wiring import say
@@ -180,8 +181,5 @@ def report(cfg: Config, ontology: Ontology, pairs: Pairs | None, folder: Path) -
     if cfg.init_from is not None:
         rows["start"] = scores(Encoder.load(cfg.init_from, pooling=cfg.pooling).encode)
     rows["trained"] = scores(Encoder.load(folder).encode)
-    names = list(rows["trained"])
-    say(f"| | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|")
-    for name, values in rows.items():
-        say(f"| {name} | " + " | ".join(f"{values[n]:.2f}" for n in names) + " |")
+    say(score_table(rows))
     sentences.write_results(cfg.run_dir, rows)

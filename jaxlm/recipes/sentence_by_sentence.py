@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ import numpy as np
 
 from jaxlm.analysis.sentence_flops import HeadAt, continuous, discretized, token_by_token
 from jaxlm.models.config import DecoderConfig
+from jaxlm.recipes.describe import score_table
 from jaxlm.recipes.load import load_config
 from jaxlm.recipes.sentence_data import Task, TaskConfig, make_task
 from jaxlm.recipes.sentence_lens import write_lens
@@ -160,7 +161,7 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         rows[name] = rows[name] | cost
     if jax.process_index() == 0:
         write_results(cfg.run_dir, rows)
-        say(table(rows))
+        say(score_table(rows, digits=1))
     if cfg.lens and cfg.latents:
         first = cfg.latents[0]
         path = write_lens(
@@ -198,19 +199,3 @@ def costs(cfg: Config, task: Task, rows: Sequence[str]) -> dict[str, dict[str, f
 
     counted = {row: {f"MFLOP, head {at}": flops(row, at) for at in HEADS} for row in rows}
     return {row: {k: v / 1e6 for k, v in cost.items() if v is not None} for row, cost in counted.items()}
-
-
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The scores as Markdown: a row for each way of inference, percent.
-
-    >>> print(table({"cot": {"accuracy": 81.5}}))
-    | | accuracy |
-    |---|---|
-    | cot | 81.5 |
-    """
-    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    lines = [f"| | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
-    for row, scores in rows.items():
-        cells = (f"{scores[name]:.1f}" if name in scores else "" for name in names)
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from jaxlm.data import blocksworld, prosqa
+from jaxlm.data.errors import BadRow
 from jaxlm.data.loader import Loader
-from jaxlm.data.reasoning import ANSWER_MARK, Sample, gsm8k, make_sample_rows, read_samples
+from jaxlm.data.reasoning import ANSWER_MARK, Sample, gsm8k, make_sample_rows, sample_of
 from jaxlm.data.sentences import SentenceRows, Sentences
 from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,6 +32,7 @@ class TaskConfig:
     num_samples: of prosqa, in train; num_nodes of its graphs. num_validation, num_test: of a generated task.
     tokenizer: a folder or file, or "sentencepiece:SIZE" to train one of that size on the training samples. max_steps
     (the answer's sentence counts), max_step_tokens, max_question_tokens: samples beyond are left out whole and counted.
+    bad_rows: as in `DataConfig`.
     """
 
     task: Literal["blocksworld", "prosqa", "gsm8k", "jsonl"]
@@ -47,6 +49,7 @@ class TaskConfig:
     max_step_tokens: int = 16
     max_question_tokens: int = 64
     batch_size: int = 32
+    bad_rows: Literal["refuse", "skip"] = "refuse"
     seed: int = 0
     num_threads: int = 2
 
@@ -70,10 +73,10 @@ class Task(NamedTuple):
 
 def make_task(cfg: TaskConfig, folder: Path) -> Task:
     """Generates or reads the samples, and makes their rows; the tokenizer is kept in the folder."""
-    samples = make_samples(cfg)
-    tokenizer = _tokenizer(cfg, samples["train"])
-    tokenizer.save(folder)
     skipped: collections.Counter[str] = collections.Counter()
+    samples = make_samples(cfg, skipped)
+    tokenizer = _tokenizer(cfg, samples["train"], folder)
+    tokenizer.save(folder)
     rows = {}
     for part, found in samples.items():
         rows[part], left_out = sample_rows(cfg, found, tokenizer, part)
@@ -96,8 +99,8 @@ def _kept(rows: SentenceRows) -> list[int]:
     return [int(origin.rpartition(":")[2]) for origin in rows.origin]
 
 
-def make_samples(cfg: TaskConfig) -> dict[str, list[Sample]]:
-    """The samples of every part; those of blocksworld are all that there are."""
+def make_samples(cfg: TaskConfig, skipped: collections.Counter[str]) -> dict[str, list[Sample]]:
+    """The samples of every part; those of blocksworld are all that there are. skipped: counts bad rows, by reason."""
     if cfg.task == "blocksworld":
         every = blocksworld.make_samples(cfg.num_blocks)
         return blocksworld.split(every, validation=cfg.num_validation, test=cfg.num_test, seed=cfg.seed)
@@ -108,30 +111,31 @@ def make_samples(cfg: TaskConfig) -> dict[str, list[Sample]]:
             part: [prosqa.make_sample(rng, num_nodes=cfg.num_nodes) for _ in range(size)]
             for part, size in sizes.items()
         }
-    sources = {part: getattr(cfg, part) for part in PARTS}
-    if cfg.task == "jsonl":
-        return {part: list(read_samples(source)) for part, source in sources.items()}
-    opened = {part: open_source(source) for part, source in sources.items()}
-    return {part: [gsm8k(rows[i], rows.origin(i)) for i in range(len(rows))] for part, rows in opened.items()}
+    return {part: list(_read(cfg, getattr(cfg, part), skipped)) for part in PARTS}
 
 
-def _tokenizer(cfg: TaskConfig, samples: Sequence[Sample]) -> Tokenizer:
+def _read(cfg: TaskConfig, source: SourceConfig, skipped: collections.Counter[str]) -> Iterator[Sample]:
+    rows, make = open_source(source), gsm8k if cfg.task == "gsm8k" else sample_of
+    for i in range(len(rows)):
+        try:
+            yield make(rows[i], rows.origin(i))
+        except BadRow as error:
+            if cfg.bad_rows == "refuse":
+                raise
+            skipped[error.reason] += 1
+
+
+def _tokenizer(cfg: TaskConfig, samples: Sequence[Sample], folder: Path) -> Tokenizer:
     kind, _, size = cfg.tokenizer.partition(":")
     if kind != "sentencepiece":
         return load_tokenizer(cfg.tokenizer)
     if not size.isdigit():
         raise ValueError(f"data.tokenizer={cfg.tokenizer!r}: expected 'sentencepiece:SIZE', such as sentencepiece:384")
     texts = ("\n".join([sample.question, *sample.sentences]) for sample in samples)
-    return _sentencepiece(train_sentencepiece(texts, vocab_size=int(size), num_threads=1))
-
-
-def _sentencepiece(model: bytes) -> Tokenizer:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.model"
-        path.write_bytes(model)
-        return load_tokenizer(path)
+    model = train_sentencepiece(texts, vocab_size=int(size), num_threads=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    return load_tokenizer(folder)
 
 
 def _solves_blocksworld(sample: Sample, steps: Sequence[str], answer: str) -> bool:

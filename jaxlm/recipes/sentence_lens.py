@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxlm.analysis import sentence_lens
-from jaxlm.analysis.sentence_lens import Reading
+from jaxlm.analysis.sentence_lens import Read, Reading
 from jaxlm.generate import latent as rolls
 from jaxlm.models import decoder, latent
 from jaxlm.models.latent import LatentConfig
@@ -22,10 +21,9 @@ def write_lens(
     stages: Stages, cfg: LatentConfig, params: Params, network: Params, *, number: int, folder: Path, title: str
 ) -> Path:
     """The first test questions under the lens; gives the page's path. network: the sentence decoder's parameters."""
-    task, found = stages.task, []
+    task, found, read = stages.task, [], make_read(stages, network)
     prompts = task.rows["test"].columns["question"].tokens
     for sample, prompt in zip(task.samples["test"][:number], prompts):
-        read = partial(readings, stages, network)
         found.append(
             sentence_lens.look(
                 params,
@@ -40,7 +38,7 @@ def write_lens(
     return sentence_lens.write(found, folder, title=title)
 
 
-def readings(stages: Stages, network: Params, vectors: Array) -> list[Reading]:
+def make_read(stages: Stages, network: Params) -> Read:
     """What the sentence decoder writes from vectors, with its own log-probabilities and entropies."""
     model, limit = stages.model, stages.cfg.data.max_step_tokens
 
@@ -52,5 +50,8 @@ def readings(stages: Stages, network: Params, vectors: Array) -> list[Reading]:
         stats = token_stats(hidden, targets=new.tokens, mask=new.segments != 0, **head)
         return new.tokens, new.segments, stats.logprob, stats.entropy
 
-    tokens, segments, logprob, entropy = run(network, vectors)
-    return sentence_lens.readings(tokens, segments, logprob, entropy, stages.task.tokenizer.decode)
+    def read(vectors: Array) -> list[Reading]:
+        tokens, segments, logprob, entropy = run(network, vectors)
+        return sentence_lens.readings(tokens, segments, logprob, entropy, stages.task.tokenizer.decode)
+
+    return read

@@ -28,8 +28,10 @@ from jaxlm.sharding.rules import param_shardings
 from jaxlm.train.checkpoint import best_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss
+from jaxlm.train.objectives import make_hidden_nll
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.progress import Throughput
+from jaxlm.train.reference import fingerprint
 from jaxlm.typing import Array, Batch, LossFn, Params
 
 if TYPE_CHECKING:
@@ -47,12 +49,15 @@ Scores = dict[str, dict[str, float]]
 class Way(NamedTuple):
     """A stage: what it trains, from what, and how it is judged.
 
-    initial: the parameters of step 0 (None: random). frozen: what the loss reads beside them. judge: (params, part,
-    kept) -> rows. best: the score of those rows that checkpoints are chosen by, `<way of inference>/<score>`.
+    settings: what its loss depends on. needs: the stages before it. initial: the parameters of step 0 (None: random).
+    frozen: what the loss reads beside them. judge: (params, part, kept) -> rows. best: the score of those rows that
+    checkpoints are chosen by, `<way of inference>/<score>`.
     """
 
     name: str
     stage: StageConfig
+    settings: dict[str, Any]
+    needs: tuple[str, ...]
     spec: specs.Spec
     loss: LossFn
     initial: Callable[[Kept], Params | None]
@@ -63,10 +68,15 @@ class Way(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """One stage as the trainer and its record see it: settings that other stages alone have would forbid to resume."""
+    """One stage as the trainer and its record see it; what other stages alone have would forbid to resume.
+
+    settings: of its loss. starts_from: fingerprints of the parameters that it starts from, so that it is not taken for
+    done when a stage before it has become another.
+    """
 
     run_dir: str
-    stage: Any
+    settings: dict[str, Any]
+    starts_from: dict[str, str]
     model: DecoderConfig
     init_from: str | None
     data: TaskConfig
@@ -94,29 +104,39 @@ class Stages:
 
     def way(self, name: str) -> Way:
         """The stage of that name: a language model, or an encoder and decoder."""
-        stage, spec = self.cfg.stages[name], decoder.spec(self.model)
-        if name in ("direct", "cot"):
-            loss = make_answer_loss(make_apply(self.model, self.constrain), self.head)
-            return Way(
-                name, stage, spec, loss, lambda kept: initial_params(self.cfg.init_from),
-                lambda params, part, kept: {name: self.token_by_token(params, part)},
-            )  # fmt: skip
-        contrast = name == "contrastive"
-        loss = make_sentence_loss(
-            self.vectors[name], self.states, self.head, drop=None if name == "semantic" else self.drop,
-            semantic=self.vectors["semantic"] if contrast else None, contrast_weight=self.cfg.contrast_weight,
-            temperature=self.cfg.temperature,
+        return self.language(name) if name in ("direct", "cot") else self.sentences(name)
+
+    def language(self, name: str) -> Way:
+        """A language model, which starts at random or from a checkpoint."""
+        nll = make_hidden_nll(make_apply(self.model, self.constrain), self.head, mesh=self.mesh)
+        return Way(
+            name, self.cfg.stages[name], {}, (), decoder.spec(self.model), make_answer_loss(nll),
+            initial=lambda kept: initial_params(self.cfg.init_from),
+            judge=lambda params, part, kept: {name: self.token_by_token(params, part)},
         )  # fmt: skip
-        way = Way(name, stage, spec, loss, lambda kept: _copy(kept["cot"]), lambda params, part, kept: {
-            name: judge(self.task, self.task.samples[part], self.texts(self.roll_encoder, part, params))
-        })  # fmt: skip
+
+    def sentences(self, name: str) -> Way:
+        """An encoder and decoder, which start as one copy of the language model."""
+        cfg, exact, contrast = self.cfg, name == "semantic", name == "contrastive"
+        settings = {} if exact else {"dropout": cfg.dropout}
         if contrast:
-            return way._replace(frozen=lambda kept: _copy(kept["semantic"]))
-        if name == "semantic":
-            return way._replace(
-                judge=lambda params, part, kept: {name: {"exact": self.reconstructed(params, part)}}, best="exact"
-            )
-        return way
+            settings |= {"contrast_weight": cfg.contrast_weight, "temperature": cfg.temperature}
+        loss = make_sentence_loss(
+            self.vectors[name], self.states, self.head, drop=None if exact else self.drop,
+            semantic=self.vectors["semantic"] if contrast else None, contrast_weight=cfg.contrast_weight,
+            temperature=cfg.temperature,
+        )  # fmt: skip
+
+        def scores(params: Params, part: str, kept: Kept) -> Scores:
+            if exact:
+                return {name: {"exact": self.reconstructed(params, part)}}
+            return {name: judge(self.task, self.task.samples[part], self.texts(self.roll_encoder, part, params))}
+
+        return Way(
+            name, cfg.stages[name], settings, ("cot", "semantic") if contrast else ("cot",), decoder.spec(self.model),
+            loss, initial=lambda kept: _copy(kept["cot"]), judge=scores, best="exact" if exact else "accuracy",
+            frozen=lambda kept: _copy(kept["semantic"]) if contrast else None,
+        )  # fmt: skip
 
     def latent_config(self, stage: LatentStage) -> LatentConfig:
         """The latent model of a stage, as wide as its encoder and decoder."""
@@ -146,9 +166,13 @@ class Stages:
             self.vectors[stage.vectors], predict, self.states, self.head, weights=stage.weights,
             temperature=self.cfg.temperature,
         )  # fmt: skip
+        settings = {
+            "vectors": stage.vectors, "weights": stage.weights, "unit_scale": stage.unit_scale,
+            "dropout": self.cfg.dropout, "temperature": self.cfg.temperature,
+        }  # fmt: skip
         return Way(
-            stage.name, stage, spec, loss, initial, scores, best="continuous/accuracy",
-            frozen=lambda kept: {"encoder": _copy(kept[stage.vectors])},
+            stage.name, stage, settings, ("cot", stage.vectors), spec, loss, initial, scores,
+            best="continuous/accuracy", frozen=lambda kept: {"encoder": _copy(kept[stage.vectors])},
         )  # fmt: skip
 
     def train(self, way: Way, kept: Kept) -> Params:
@@ -157,8 +181,9 @@ class Stages:
         rows = self.rows("train", direct=way.name == "direct")
         every = max(1, -(-stage.num_steps // cfg.evals))
         run = StageRun(
-            run_dir=str(Path(cfg.run_dir) / way.name), stage=stage, model=self.model, init_from=cfg.init_from,
-            data=cfg.data,
+            run_dir=str(Path(cfg.run_dir) / way.name), settings=way.settings,
+            starts_from={name: fingerprint(kept[name]) for name in way.needs}, model=self.model,
+            init_from=None if way.needs else cfg.init_from, data=cfg.data,
             train=TrainConfig(
                 num_steps=stage.num_steps, log_every=20, eval_every=every, checkpoint_every=every,
                 best_metric=f"validation/{way.best}", best_mode="max", seed=cfg.seed,

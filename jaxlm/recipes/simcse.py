@@ -116,7 +116,7 @@ class Config:
     def _check_masked_lm(self) -> None:
         if self.data.examples != "sentences":
             raise ValueError("loss='masked_lm' is of sentences: set data.examples='sentences'")
-        vectors_only = ("masked_lm_weight", "train_head", "matryoshka", "chunk_size")
+        vectors_only = ("masked_lm_weight", "train_head", "matryoshka", "chunk_size", "one_mask")
         given = [name for name in vectors_only if getattr(self, name)]
         if given:
             raise ValueError(f"loss='masked_lm' trains no sentence vector: leave out {', '.join(given)}")

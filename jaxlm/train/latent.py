@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.losses import cross_entropy, latent_info_nce, latent_squared_error, next_sentence_nll
-from jaxlm.ops.masked import masked_count, masked_mean, masked_sum
+from jaxlm.losses import latent_info_nce, latent_squared_error, next_sentence_nll
+from jaxlm.ops.masked import masked_mean
+from jaxlm.train.objectives import Head, Nll, make_next_token_loss
 from jaxlm.typing import Array, Batch, Bool, Float, LossFn, Metrics, Params
 
 Vectors = Callable[[Params, Batch], Float[Array, "B M E"]]
@@ -25,28 +26,24 @@ Vectors = Callable[[Params, Batch], Float[Array, "B M E"]]
 States = Callable[[Params, Float[Array, "N D"], Array, Array], Float[Array, "N S D"]]
 """(parameters of the decoder, vectors, tokens, segments) -> states that predict the tokens."""
 
-Head = Callable[[Params], dict[str, Any]]
-
 
 def sentences(batch: Batch) -> Bool[Array, "B M"]:
     """Which sentences there are."""
     return batch["step_segments"][..., 0] != 0
 
 
-def make_answer_loss(apply: Callable[..., Array], head: Head) -> LossFn:
+def make_answer_loss(nll: Nll) -> LossFn:
     """Next-token prediction of what follows the question, token by token: the fine-tuning of the first stage.
 
-    total = -sum_t log p(x_t | x_<t)        over the tokens behind the question
+    nll: of a language model, `jaxlm.train.objectives.make_hidden_nll`. The loss is its `make_next_token_loss`.
     """
+    loss = make_next_token_loss(nll)
 
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         tokens, segments = batch["text/tokens"], batch["text/segments"]
-        hidden = apply(params, tokens, positions=None, segments=segments, key=key)
-        behind = jnp.arange(tokens.shape[1])[None, 1:] > batch["ends"][:, :1]
-        mask = behind & (segments[:, 1:] != 0)
-        nll = cross_entropy(hidden[:, :-1], targets=tokens[:, 1:], mask=mask, **head(params))
-        total, weight = masked_sum(nll, mask), masked_count(nll, mask)
-        return total, weight, {"loss": (total, weight)}
+        behind = jnp.arange(1, tokens.shape[1]) > batch["ends"][:, :1]
+        shifted = {"inputs": tokens[:, :-1], "segments": segments[:, :-1], "targets": tokens[:, 1:]}
+        return loss(params, {**shifted, "mask": behind & (segments[:, 1:] != 0)}, key)
 
     return loss_fn
 

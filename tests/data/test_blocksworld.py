@@ -85,6 +85,8 @@ def test_states_are_read_back_and_other_words_refused(samples):
             bw.parse_state(words)
     with pytest.raises(ValueError, match="1 to 26"):
         bw.states(0)
+    with pytest.raises(ValueError, match="expected at most 5"):
+        bw.make_samples(6)
 
 
 def test_the_parts_of_a_split_share_no_question(samples):

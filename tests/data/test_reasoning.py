@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlm.data.errors import BadRow
-from jaxlm.data.reasoning import Sample, gsm8k, make_sample_rows, newline_id, read_samples
-from jaxlm.data.sources import SourceConfig
+from jaxlm.data.reasoning import Sample, gsm8k, make_sample_rows, newline_id, sample_of
+from jaxlm.data.sources import SourceConfig, open_source
 from jaxlm.data.tokenizer import ByteTokenizer
 
 SAMPLES = [Sample("Two?", ("1 + 1 =", "is 2"), "2"), Sample("Five and one?", (), "6")]
@@ -44,6 +44,11 @@ def test_what_is_too_long_is_left_out_whole_and_counted(limits, kept):
         make_sample_rows(SAMPLES, ByteTokenizer(), origin="toy", max_steps=1, max_step_tokens=2, max_question_tokens=3)
 
 
+def read_samples(source):
+    rows = open_source(source)
+    return (sample_of(rows[i], rows.origin(i)) for i in range(len(rows)))
+
+
 def test_jsonl_of_ones_own_is_read_and_bad_rows_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(vars(s)) + "\n" for s in SAMPLES))
@@ -70,3 +75,7 @@ def test_gsm8k_has_the_equations_that_were_counted(shared_data):
     assert np.mean([len(s.steps) for s in found if s.steps]) == pytest.approx(3.2, abs=0.05)
     with pytest.raises(BadRow, match="expected '#### <number>'"):
         gsm8k({"question": "q", "answer": "5"}, "row 0")
+    with pytest.raises(BadRow, match="row 0.*answer is empty"):
+        gsm8k({"question": "q", "answer": "so #### "}, "row 0")
+    with pytest.raises(ValueError, match="toy: there is no sample"):
+        make_sample_rows([], ByteTokenizer(), origin="toy", max_steps=1, max_step_tokens=1, max_question_tokens=1)

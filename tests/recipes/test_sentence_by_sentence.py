@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.data.errors import BadRow
 from jaxlm.data.sources import SourceConfig
 from jaxlm.models.config import DecoderConfig
 from jaxlm.recipes import sentence_by_sentence as recipe
@@ -58,6 +59,12 @@ def test_all_stages_run_and_started_again_they_go_on(tmp_path):
     again = recipe.run(config(tmp_path / "run", latents=more))
     assert {name: again[name] for name in rows} == rows and "more continuous" in again
     assert (tmp_path / "run" / "cot" / "metrics.jsonl").read_text() == before
+    # Nothing is taken for done that other settings, or another stage before it, would change.
+    with pytest.raises(ValueError, match=r"settings.dropout: 0.2 -> 0.1"):
+        recipe.run(config(tmp_path / "run", latents=more, dropout=0.1))
+    longer = {**config(tmp_path).stages, "semantic": StageConfig(12, learning_rate=1e-2)}
+    with pytest.raises(ValueError, match=r"starts_from.semantic"):
+        recipe.run(config(tmp_path / "run", latents=more, stages=longer))
 
 
 @pytest.mark.slow
@@ -109,6 +116,12 @@ def test_ones_own_samples_are_read(tmp_path):
     assert [s.question for s in task.samples["test"]] == ["q0", "q1", "q2", "q4", "q5"] and task.solved is None
     assert task.skipped == {f"too long in {part}": 1 for part in ("train", "validation", "test")}
     assert sentence_data.judge(task, task.samples["test"], [["### 0"]] * 5) == {"accuracy": 20.0}
+    with path.open("a") as file:
+        file.write('{"question": "q"}\n')
+    with pytest.raises(BadRow, match=r"mine.jsonl:7: missing field.*data.bad_rows='skip'"):
+        sentence_data.make_task(cfg, tmp_path / "tokenizer")
+    skipping = sentence_data.make_task(dataclasses.replace(cfg, bad_rows="skip"), tmp_path / "tokenizer")
+    assert skipping.skipped["missing field"] == 3 and skipping.samples == task.samples
 
 
 def test_settings_survive_the_record_and_what_cannot_be_meant_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from jaxlm.models import decoder, latent
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.train.latent import make_answer_loss, make_latent_loss, make_sentence_loss, sentences
+from jaxlm.train.objectives import make_hidden_nll
 
 MODEL = DecoderConfig(
     vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=32, max_length=64
@@ -60,7 +61,7 @@ def params():
 
 
 def test_the_answer_loss_counts_what_follows_the_question(batch, params):
-    total, weight, _ = jax.jit(make_answer_loss(apply, HEAD))(params, batch, None)
+    total, weight, _ = jax.jit(make_answer_loss(make_hidden_nll(apply, HEAD)))(params, batch, None)
     counted = [len("\n".join([*s.sentences, ""]).encode()) for s in SAMPLES]
     assert weight == sum(counted)
     expected = 0.0
