@@ -3,7 +3,8 @@
     jaxlm train --config configs/sentence_by_sentence/blocksworld.py
 
 All 5,256 pairs of states: 400 for the test, 200 for the choice of checkpoints, the others to train on.
-The latents: our loss, the published one, and each of the two changes that make the difference alone.
+The latents: ours on each kind of vectors, and on contextual ones the published loss, without its InfoNCE, and with each
+of two ways to tie the scale of what is fed back to that of what was trained on, and both.
 """
 
 from ml_collections import ConfigDict
@@ -23,20 +24,27 @@ def get_config() -> ConfigDict:
         max_question_tokens=64, batch_size=32,
     )  # fmt: skip
     config.num_sentences = 8
+    config.stop_cosine = 0.95
     config.lens = 8
     config.stages = dict(
         direct=dict(num_steps=1500, learning_rate=1e-3, warmup_steps=100),
         cot=dict(num_steps=2500, learning_rate=1e-3, warmup_steps=100),
         semantic=dict(num_steps=300, learning_rate=1e-3),
         contextual=dict(num_steps=2500, learning_rate=1e-3, warmup_steps=100),
+        contrastive=dict(num_steps=2500, learning_rate=1e-3, warmup_steps=100),
     )
     latent = dict(vectors="contextual", num_steps=4000, learning_rate=1e-3, warmup_steps=300)
-    paper = dict(nll=1.0, info_nce=1.0)
+    paper = dict(nll=1.0, info_nce=1.0, stop=1.0)
     config.latents = [
         latent | dict(name="latent"),
-        latent | dict(name="latent-paper", weights=paper, unit_scale=False),
-        latent | dict(name="latent-scale", weights=paper),
-        latent | dict(name="latent-tie", unit_scale=False),
-        latent | dict(name="latent-no-nce", weights=dict(nll=1.0), unit_scale=False),
+        latent | dict(name="latent-paper", unit_scale=False),
+        latent | dict(name="latent-tie", weights=paper | dict(tie=1.0), unit_scale=False),
+        latent | dict(name="latent-semantic", vectors="semantic"),
+        latent | dict(name="latent-contrastive", vectors="contrastive"),
+        latent | dict(name="latent-hybrid", vectors="semantic", decoder="contextual"),
+        latent | dict(name="latent-no-nce", weights=dict(nll=1.0, stop=1.0), unit_scale=False),
+        latent | dict(name="latent-both", weights=paper | dict(tie=1.0)),
     ]
+    thoughts = dict(num_stages=6, num_steps=700, learning_rate=1e-3, warmup_steps=50)
+    config.curricula = [thoughts | dict(name="coconut"), thoughts | dict(name="pause", kind="pause")]
     return config

@@ -44,7 +44,13 @@ def mapper_flops(width_in: int, width_out: int) -> float:
     return 2.0 * sum(math.prod(p.shape) for path, p in shapes.items() if path.endswith("kernel"))
 
 
-def token_by_token(cfg: DecoderConfig, *, question: float, written: float, head_at: HeadAt) -> float:
+def classifier_flops(width: int) -> float:
+    """FLOPs of the classifier that ends a roll, for a vector."""
+    shapes = specs.flatten(latent.stop_spec(width))
+    return 2.0 * sum(math.prod(p.shape) for path, p in shapes.items() if path.endswith("kernel"))
+
+
+def token_by_token(cfg: DecoderConfig, question: float, written: float, *, head_at: HeadAt) -> float:
     """FLOPs of a language model that reads a question and writes its reasoning and answer.
 
         (question + written) body + written head  [ + question head, if the head is at every position ]
@@ -55,24 +61,34 @@ def token_by_token(cfg: DecoderConfig, *, question: float, written: float, head_
     return (question + written) * body_flops(cfg) + positions * head_flops(cfg)
 
 
+def thoughts(cfg: DecoderConfig, question: float, number: float, answer: float, *, head_at: HeadAt = "last") -> float:
+    """FLOPs of a language model that reads its own states, or pauses, between question and answer.
+
+        (question + number + 1 + answer) body + answer head  [ + question head ]        1: the newline after them
+    """
+    return token_by_token(cfg, question, answer, head_at=head_at) + (number + 1) * body_flops(cfg)
+
+
 def continuous(
-    cfg: DecoderConfig, *, question: float, sentences: float, answer: float, head_at: HeadAt = "last"
-) -> float:
+    cfg: DecoderConfig, question: float, sentences: float, answer: float, *, classifier: bool = False,
+    head_at: HeadAt = "last",
+) -> float:  # fmt: skip
     """FLOPs of a latent model whose outputs are fed back, and whose last alone is written.
 
         question body + sentences (body + mapper) + answer (body + head)  [ + question head ]
 
-    sentences: vectors that are predicted, the answer's included. answer: tokens of the answer's sentence. The published
+    sentences: vectors that are predicted, the answer's included, of which the classifier reads each if there is one.
+    answer: tokens of the answer's sentence. The published
     figures have no head in the question (head_at "last"); "every" is what it would cost there.
     """
-    step = body_flops(cfg) + mapper_flops(cfg.width, cfg.width)
+    step = body_flops(cfg) + mapper_flops(cfg.width, cfg.width) + classifier * classifier_flops(cfg.width)
     written = answer * (body_flops(cfg) + head_flops(cfg))
     asked = question * (body_flops(cfg) + (head_flops(cfg) if head_at == "every" else 0))
     return asked + sentences * step + written
 
 
 def discretized(
-    cfg: DecoderConfig, *, question: float, sentences: float, written: float, contextual: bool,
+    cfg: DecoderConfig, question: float, sentences: float, written: float, *, contextual: bool,
     head_at: HeadAt = "last",
 ) -> float:  # fmt: skip
     """FLOPs of a latent model whose every output is written as text and read again.
@@ -83,5 +99,5 @@ def discretized(
     """
     read = written + (question if contextual else 0)
     mapped = sentences * mapper_flops(cfg.width, cfg.width)  # back into the latent model
-    whole = continuous(cfg, question=question, sentences=sentences, answer=written, head_at=head_at)
+    whole = continuous(cfg, question, sentences, written, head_at=head_at)
     return whole + read * body_flops(cfg) + mapped

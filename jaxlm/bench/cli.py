@@ -5,6 +5,7 @@
   jaxlm bench train --versus torch        a training step against the same model in PyTorch
   jaxlm bench dpo --versus trl            a DPO step against TRL's DPOTrainer, and the peak memory of both
   jaxlm bench encode --model … --texts …  sentence vectors against sentence-transformers
+  jaxlm bench latent --versus torch       a step of the sentence-space model against a PyTorch loop
   jaxlm bench pretrain --config …         whole runs against a plain PyTorch loop, in held-out bits per byte
 
 Rivals run in one process, in rotating order; what counts is the ratio of medians. `jaxlm bench NAME --help` for more.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("imports", "token_stats", "train", "dpo", "encode", "pretrain")
+BENCHMARKS = ("imports", "token_stats", "train", "dpo", "encode", "latent", "pretrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

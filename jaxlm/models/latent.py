@@ -14,6 +14,7 @@ or of what stands before each (contextual).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -52,12 +53,14 @@ class LatentConfig:
 
 
 def spec(cfg: LatentConfig) -> Spec:
-    """The parameters: the network, the mapper of vectors into it, and the mapper of its outputs to the decoder."""
+    """The parameters: the network, the mapper of vectors into it, that of its outputs to the decoder, and the
+    classifier of outputs after which it stops."""
     width = cfg.model.width
     return {
         "model": decoder.spec(cfg.model),
         "into": mapper_spec(cfg.encoder_width, width),
         "out": mapper_spec(width, cfg.decoder_width),
+        "stop": stop_spec(width),
     }
 
 
@@ -73,6 +76,23 @@ def mapper_spec(width_in: int, width_out: int) -> Spec:
 def map_vectors(params: Params, x: Float[Array, "B M E"]) -> Float[Array, "B M Z"]:
     """The mapper's two layers."""
     return layers.project(params["down"], jax.nn.gelu(layers.project(params["up"], x), approximate=False))
+
+
+def stop_spec(width: int) -> Spec:
+    """Linear layers of widths D/4, D/16 and 1: 768, 192, 48, 1 in the paper (appendix D)."""
+    widths = (width, max(1, width // 4), max(1, width // 16), 1)
+    return {
+        f"linear{i}": linear_spec(shape, (None, None), bias_dims=1)
+        for i, shape in enumerate(itertools.pairwise(widths))
+    }
+
+
+def stop_logits(params: Params, outputs: Float[Array, "B M Z"]) -> Float[Array, "B M"]:
+    """The classifier's logits: positive where the reasoning ends with this output (GELU between its layers)."""
+    stop = params["stop"]
+    for i in range(len(stop) - 1):
+        outputs = jax.nn.gelu(layers.project(stop[f"linear{i}"], outputs), approximate=False)
+    return layers.project(stop[f"linear{len(stop) - 1}"], outputs)[..., 0]
 
 
 def encode_sentences(
@@ -125,11 +145,13 @@ def decoder_states(
 
 class Predicted(NamedTuple):
     """output: o_i, what the latent model says of sentence i, after its final norm. target: P1(h_i), the vector of
-    sentence i as the model reads it, which `latent_info_nce` compares with. sentence: P2(o_i), for the decoder."""
+    sentence i as the model reads it, which `latent_info_nce` compares with. sentence: P2(o_i), for the decoder.
+    stop_logit: of the classifier, to which gradients come and not beyond."""
 
     output: Float[Array, "B M Z"]
     target: Float[Array, "B M Z"]
     sentence: Float[Array, "B M D"]
+    stop_logit: Float[Array, "B M"]
 
 
 def predict(
@@ -166,7 +188,7 @@ def predict(
     first = pooling.last(hidden[:, : question.shape[1]], segments != 0).astype(hidden.dtype)
     output = jnp.concatenate([first[:, None], hidden[:, question.shape[1] : -1]], axis=1)
     sentence = map_vectors(params["out"], layers.dropout(output, cfg.dropout, keys, _OUT))
-    return Predicted(output, target, sentence)
+    return Predicted(output, target, sentence, stop_logits(params, jax.lax.stop_gradient(output)))
 
 
 def into(params: Params, vectors: Float[Array, "B M E"], *, cfg: LatentConfig) -> Float[Array, "B M Z"]:

@@ -11,6 +11,7 @@ goes on where it stopped:
     contextual    each sentence from the vector of all before it (Ctx-B)
     contrastive   the same, its vectors drawn to the semantic ones by InfoNCE (Ctx-C)
     latents       latent models between the vectors of one of these three, encoder and decoder frozen
+    curricula     to compare with: continuous thoughts (Coconut) and pause tokens in the place of the steps
 
 and inference: token by token; by encoder and decoder alone; continuous (outputs are fed back as they are) and
 discretized (outputs are written as text and read again).
@@ -25,20 +26,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
-from jaxlm.analysis.sentence_flops import HeadAt, continuous, discretized, token_by_token
 from jaxlm.models.config import DecoderConfig
+from jaxlm.models.lora import LoraConfig
 from jaxlm.recipes.describe import score_table
 from jaxlm.recipes.load import load_config
-from jaxlm.recipes.sentence_data import Task, TaskConfig, make_task
+from jaxlm.recipes.sentence_data import TaskConfig, make_task
 from jaxlm.recipes.sentence_lens import write_lens
 from jaxlm.recipes.sentence_stages import Stages
+from jaxlm.recipes.sentence_table import costs, plot_costs
 from jaxlm.recipes.sentences import write_results
 from jaxlm.recipes.shrink import fold_mesh, shrink_decoder
 from jaxlm.recipes.wiring import say
@@ -47,7 +47,6 @@ from jaxlm.typing import Params
 
 KINDS = ("semantic", "contextual", "contrastive")
 NEEDS = {"semantic": ("cot",), "contextual": ("cot",), "contrastive": ("cot", "semantic")}
-HEADS: tuple[HeadAt, ...] = ("every", "last")
 STAGES = ("direct", "cot", *KINDS)
 
 
@@ -65,12 +64,34 @@ class StageConfig:
 class LatentStage(StageConfig):
     """A latent model. name: of its folder and its rows. vectors: the stage whose vectors it predicts. weights: of the
     terms of its loss (`jaxlm.train.latent.make_latent_loss`). unit_scale: see `jaxlm.models.latent.LatentConfig`.
+    decoder: the stage that writes its sentences, if it is another (the paper's hybrid reads semantic vectors and writes
+    with the contextual decoder).
     """
 
     name: str = "latent"
     vectors: Literal["semantic", "contextual", "contrastive"] = "contextual"
-    weights: dict[str, float] = dataclasses.field(default_factory=lambda: {"nll": 1.0, "info_nce": 1.0, "tie": 1.0})
+    weights: dict[str, float] = dataclasses.field(default_factory=lambda: {"nll": 1.0, "info_nce": 1.0, "stop": 1.0})
     unit_scale: bool = True
+    decoder: Literal["semantic", "contextual", "contrastive"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum(StageConfig):
+    """A language model taught to answer without steps: stage k of `num_stages` leaves out the first k steps of every
+    sample, the last one all, and reads k `thoughts_per_step` vectors in their place. num_steps, rates: of each stage,
+    whose optimizer starts anew.
+
+    name: of its row. kind: coconut reads its own last states (Hao et al. 2024), pause one learnt vector.
+    """
+
+    name: str = "coconut"
+    kind: Literal["coconut", "pause"] = "coconut"
+    num_stages: int = 3
+    thoughts_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.num_stages, self.thoughts_per_step) < 1:
+            raise ValueError(f"{self.name}: num_stages and thoughts_per_step must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +100,11 @@ class Config:
 
     model: the decoder that every network is a copy of; init_from: a Hugging Face folder to start from instead. dropout:
     around the mappers of a latent, and of contextual vectors before the decoder. contrast_weight, temperature: of
-    InfoNCE. num_sentences: rolled at inference. evals: validations of a stage, the best of which is kept. lens: test
-    questions of which lens.html shows every layer of the first latent. seed: of parameters and dropout.
+    InfoNCE. num_sentences: rolled at inference, at most. stop_cosine: adds rows of continuous rolls that end where an
+    output's cosine with the one before it is beyond; rows that the classifier ends are there where it was trained.
+    evals: validations of a stage, the best of which is kept. lens: test questions of which lens.html shows every layer
+    of the first latent. lora: adapters for the stages after cot, whose model is then frozen (mappers are trained whole;
+    curricula have none). seed: of parameters and dropout.
     """
 
     run_dir: str
@@ -91,10 +115,13 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     recipe: Literal["sentence_by_sentence"] = "sentence_by_sentence"
     latents: tuple[LatentStage, ...] = ()
+    curricula: tuple[Curriculum, ...] = ()
+    lora: LoraConfig | None = None
     dropout: float = 0.2
     contrast_weight: float = 0.5
     temperature: float = 0.1
     num_sentences: int = 10
+    stop_cosine: float | None = None
     lens: int = 0
     evals: int = 4
     seed: int = 0
@@ -103,14 +130,19 @@ class Config:
         unknown = sorted(set(self.stages) - set(STAGES))
         if unknown or not self.stages:
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}; found {', '.join(unknown) or 'none'}")
-        needs = {name: NEEDS.get(name, ()) for name in self.stages} | {x.name: ("cot", x.vectors) for x in self.latents}
+        needs = {name: NEEDS.get(name, ()) for name in self.stages} | {
+            x.name: ("cot", x.vectors, x.decoder or x.vectors) for x in self.latents
+        } | {x.name: ("cot",) for x in self.curricula}
         for name, needed in needs.items():
             lacking = ", ".join(stage for stage in needed if stage not in self.stages)
             if lacking:
                 raise ValueError(f"{name} starts from stages that are not there: add stages.{lacking}")
-        names = [*self.stages, *(x.name for x in self.latents)]
+        stages = [f"{x.name}-{i + 1}" for x in self.curricula for i in range(x.num_stages)]
+        names = [*self.stages, *(x.name for x in (*self.latents, *self.curricula)), *stages]
         if len(set(names)) != len(names) or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
-            raise ValueError(f"latents: expected names of their own that a folder can have, found {', '.join(names)}")
+            raise ValueError(
+                f"latents, curricula: expected names of their own that a folder can have, found {', '.join(names)}"
+            )
 
 
 def resolve(cfg: Config) -> Config:
@@ -134,6 +166,7 @@ def shrink(cfg: Config) -> Config:
     return dataclasses.replace(
         cfg, run_dir=f"{cfg.run_dir}-shrunk", init_from=None, model=shrink_decoder(cfg.model), mesh=mesh,
         stages={name: short(stage) for name, stage in cfg.stages.items()}, latents=tuple(map(short, cfg.latents)),
+        curricula=tuple(map(short, cfg.curricula)),
         evals=1, num_sentences=2,
         data=dataclasses.replace(cfg.data, batch_size=rows, num_validation=4, num_test=4, num_samples=64),
     )  # fmt: skip
@@ -152,15 +185,15 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     stages = Stages(cfg, task)
     kept: dict[str, Params] = {}
     rows: dict[str, dict[str, float]] = {}
-    ways = [stages.way(name) for name in STAGES if name in cfg.stages] + [stages.latent(x) for x in cfg.latents]
-    for way in ways:
+    for way in stages.ways():
         say(f"=== {way.name}")
         kept[way.name] = stages.train(way, kept)
         rows |= way.judge(kept[way.name], "test", kept)
-    for name, cost in costs(cfg, task, list(rows)).items():
+    for name, cost in costs(cfg, task, rows).items():
         rows[name] = rows[name] | cost
     if jax.process_index() == 0:
         write_results(cfg.run_dir, rows)
+        plot_costs(rows, Path(cfg.run_dir) / "flops.png")
         say(score_table(rows, digits=1))
     if cfg.lens and cfg.latents:
         first = cfg.latents[0]
@@ -170,32 +203,3 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         )  # fmt: skip
         say(f"every layer as sentences: {path}")
     return rows
-
-
-def costs(cfg: Config, task: Task, rows: Sequence[str]) -> dict[str, dict[str, float]]:
-    """MFLOPs of a right answer, averaged over the test samples, by way of inference: with the head at every position of
-    the question, and at its last alone."""
-    assert cfg.model is not None  # resolve
-    found = task.rows["test"]
-    segments = found.extra["step_segments"].sum(axis=-1)
-    number = (segments > 0).sum(axis=-1)
-    question = float(np.mean([len(ids) for ids in found.columns["question"].tokens]))
-    written, sentences = float(segments.sum(axis=-1).mean()), float(number.mean())
-    answer = float(segments[np.arange(len(number)), number - 1].mean())
-    kinds = {latent.name: latent.vectors for latent in cfg.latents}
-
-    def flops(row: str, head_at: HeadAt) -> float | None:
-        assert cfg.model is not None
-        name, _, way = row.partition(" ")
-        asked = dict(question=question, head_at=head_at)
-        if name in ("direct", "cot"):
-            return token_by_token(cfg.model, written=answer if name == "direct" else written, **asked)
-        if way == "continuous":
-            return continuous(cfg.model, sentences=sentences, answer=answer, **asked)
-        if way == "discretized":
-            contextual = kinds[name] != "semantic"
-            return discretized(cfg.model, sentences=sentences, written=written, contextual=contextual, **asked)
-        return None
-
-    counted = {row: {f"MFLOP, head {at}": flops(row, at) for at in HEADS} for row in rows}
-    return {row: {k: v / 1e6 for k, v in cost.items() if v is not None} for row, cost in counted.items()}

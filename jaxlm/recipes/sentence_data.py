@@ -28,11 +28,11 @@ class TaskConfig:
     """What is asked, and how it is cut into tokens.
 
     task: blocksworld and prosqa are generated, with exact checkers; gsm8k and jsonl ({question, steps, answer}) are
-    read from the sources train, validation and test. num_blocks: of blocksworld, all of whose pairs of states are used.
-    num_samples: of prosqa, in train; num_nodes of its graphs. num_validation, num_test: of a generated task.
-    tokenizer: a folder or file, or "sentencepiece:SIZE" to train one of that size on the training samples. max_steps
-    (the answer's sentence counts), max_step_tokens, max_question_tokens: samples beyond are left out whole and counted.
-    bad_rows: as in `DataConfig`.
+    read from the sources train, validation and test. num_blocks: of blocksworld, all of whose pairs of states are used;
+    with more than five, pairs are drawn. num_samples: in train, of prosqa and of drawn pairs. num_nodes: of prosqa.
+    num_validation, num_test: of a generated task. tokenizer: a folder or file, or "sentencepiece:SIZE" to train one of
+    that size on the training samples. max_steps (the answer's sentence counts), max_step_tokens, max_question_tokens:
+    samples beyond are left out whole and counted. bad_rows: as in `DataConfig`.
     """
 
     task: Literal["blocksworld", "prosqa", "gsm8k", "jsonl"]
@@ -101,12 +101,14 @@ def _kept(rows: SentenceRows) -> list[int]:
 
 def make_samples(cfg: TaskConfig, skipped: collections.Counter[str]) -> dict[str, list[Sample]]:
     """The samples of every part; those of blocksworld are all that there are. skipped: counts bad rows, by reason."""
+    sizes = dict(zip(PARTS, (cfg.num_samples, cfg.num_validation, cfg.num_test)))
+    if cfg.task == "blocksworld" and cfg.num_blocks > blocksworld.MOST_BLOCKS:
+        return blocksworld.draw_samples(cfg.num_blocks, sizes, seed=cfg.seed)
     if cfg.task == "blocksworld":
         every = blocksworld.make_samples(cfg.num_blocks)
         return blocksworld.split(every, validation=cfg.num_validation, test=cfg.num_test, seed=cfg.seed)
     if cfg.task == "prosqa":
         rng = np.random.default_rng(cfg.seed)
-        sizes = dict(zip(PARTS, (cfg.num_samples, cfg.num_validation, cfg.num_test)))
         return {
             part: [prosqa.make_sample(rng, num_nodes=cfg.num_nodes) for _ in range(size)]
             for part, size in sizes.items()
@@ -164,9 +166,23 @@ def answers(texts: Sequence[str]) -> tuple[list[str], str | None]:
     return list(texts), None
 
 
-def judge(task: Task, samples: Sequence[Sample], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Shares in percent: accuracy of the answers, and solved, whose steps are right too (tasks with a checker)."""
-    read = [answers(texts) for texts in found]
+def last_answer(texts: Sequence[str]) -> tuple[list[str], str | None]:
+    """The steps, and the answer that the last sentence gives; None where it gives none.
+
+    >>> last_answer(["### 1", "### 2"]), last_answer(["### 1", "Move A from B to the table"])[1]
+    ((['### 1'], '2'), None)
+    """
+    return list(texts[:-1]), answers(texts[-1:])[1]
+
+
+def judge(
+    task: Task, samples: Sequence[Sample], found: Sequence[Sequence[str]], *, last: bool = False
+) -> dict[str, float]:
+    """Shares in percent: accuracy of the answers, and solved, whose steps are right too (tasks with a checker).
+
+    last: the answer is that of the last sentence, not of the first that gives one.
+    """
+    read = [(last_answer if last else answers)(texts) for texts in found]
     right = [answer == sample.answer for sample, (_, answer) in zip(samples, read, strict=True)]
     scores = {"accuracy": 100 * float(np.mean(right))}
     if task.solved is not None:

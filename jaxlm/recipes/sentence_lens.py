@@ -44,7 +44,7 @@ def make_read(stages: Stages, network: Params) -> Read:
 
     @jax.jit
     def run(network: Params, vectors: Array) -> tuple[Array, ...]:
-        new = rolls.write(network, vectors, cfg=model, end_id=stages.end_id, max_tokens=limit)
+        new = rolls.write(network, vectors, cfg=model, end_id=stages.ask.end_id, max_tokens=limit)
         hidden = latent.decoder_states(network, vectors, new.tokens, new.segments, cfg=model)
         head = decoder.head(network, cfg=model)
         stats = token_stats(hidden, targets=new.tokens, mask=new.segments != 0, **head)

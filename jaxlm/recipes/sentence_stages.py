@@ -9,25 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.data.reasoning import newline_id
 from jaxlm.data.sentences import SentenceRows
 from jaxlm.generate import latent as rolls
-from jaxlm.generate.sample import SamplingConfig, generate
-from jaxlm.models import decoder, latent, layers
+from jaxlm.models import decoder, latent, layers, thoughts
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.models.latent import LatentConfig
-from jaxlm.recipes.sentence_data import Task, TaskConfig, judge, make_batches, sample_rows
+from jaxlm.recipes.sentence_data import Task, TaskConfig, make_batches, sample_rows
+from jaxlm.recipes.sentence_inference import Inference
+from jaxlm.recipes.sentence_lora import adapted
 from jaxlm.recipes.wiring import averaged, initial_params, make_apply, train_parameters
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
 from jaxlm.sharding.rules import param_shardings
 from jaxlm.train.checkpoint import best_step, load_params
 from jaxlm.train.config import TrainConfig
-from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss
+from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss
 from jaxlm.train.objectives import make_hidden_nll
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.progress import Throughput
@@ -35,7 +33,7 @@ from jaxlm.train.reference import fingerprint
 from jaxlm.typing import Array, Batch, LossFn, Params
 
 if TYPE_CHECKING:
-    from jaxlm.recipes.sentence_by_sentence import Config, LatentStage, StageConfig
+    from jaxlm.recipes.sentence_by_sentence import Config, Curriculum, LatentStage, StageConfig
 
 _DROP = 1 << 22  # the stream of the dropout of vectors, outside those of the layers
 
@@ -51,7 +49,8 @@ class Way(NamedTuple):
 
     settings: what its loss depends on. needs: the stages before it. initial: the parameters of step 0 (None: random).
     frozen: what the loss reads beside them. judge: (params, part, kept) -> rows. best: the score of those rows that
-    checkpoints are chosen by, `<way of inference>/<score>`.
+    checkpoints are chosen by, `<way of inference>/<score>`. skip: steps at the front of a sample that it never sees.
+    whole: the parameters that later stages start from, out of those that are trained (adapters are merged).
     """
 
     name: str
@@ -64,6 +63,8 @@ class Way(NamedTuple):
     judge: Callable[[Params, str, Kept], Scores]
     best: str = "accuracy"
     frozen: Callable[[Kept], Params | None] = lambda kept: None
+    skip: int = 0
+    whole: Callable[[Params, Kept], Params] = lambda params, kept: params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +96,27 @@ class Stages:
         check_batch(self.mesh, batch_size=cfg.data.batch_size, sequence_length=1)
         self.constrain = make_constrain(self.mesh)
         self.head = partial(decoder.head, cfg=self.model)
-        self.end_id = newline_id(task.tokenizer)
+        self.ask = Inference(
+            self.model, task, self.mesh, self.constrain, num_sentences=cfg.num_sentences,
+            max_tokens=cfg.data.max_step_tokens,
+        )  # fmt: skip
         if task.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {task.tokenizer.vocab_size} ids and the model only vocab_size="
                 f"{self.model.vocab_size}: set model.vocab_size to at least {task.tokenizer.vocab_size}"
             )
 
-    def way(self, name: str) -> Way:
-        """The stage of that name: a language model, or an encoder and decoder."""
-        return self.language(name) if name in ("direct", "cot") else self.sentences(name)
+    def ways(self) -> list[Way]:
+        """All stages of the config, in the order in which they start from one another."""
+        cfg = self.cfg
+        language = [self.language(name) for name in ("direct", "cot") if name in cfg.stages]
+        kinds = [self.sentences(name) for name in ("semantic", "contextual", "contrastive") if name in cfg.stages]
+        above = [self.latent(x) for x in cfg.latents]
+        if cfg.lora is not None:
+            settings = {"lora": dataclasses.asdict(cfg.lora)}
+            with_lora = [adapted(way, cfg.lora, seed=cfg.seed) for way in kinds + above]
+            kinds, above = [way._replace(settings=way.settings | settings) for way in with_lora], []
+        return language + kinds + above + [way for x in cfg.curricula for way in self.curriculum(x)]
 
     def language(self, name: str) -> Way:
         """A language model, which starts at random or from a checkpoint."""
@@ -112,8 +124,41 @@ class Stages:
         return Way(
             name, self.cfg.stages[name], {}, (), decoder.spec(self.model), make_answer_loss(nll),
             initial=lambda kept: initial_params(self.cfg.init_from),
-            judge=lambda params, part, kept: {name: self.token_by_token(params, part)},
+            judge=lambda params, part, kept: {name: self.ask.token_by_token(params, part)},
+            skip=self.cfg.data.max_steps if name == "direct" else 0,
         )  # fmt: skip
+
+    def curriculum(self, stage: Curriculum) -> list[Way]:
+        """Stages that start from one another; each takes another step away and has more thoughts in its place."""
+        return [self.thoughts(stage, steps) for steps in range(1, stage.num_stages + 1)]
+
+    def thoughts(self, stage: Curriculum, steps: int) -> Way:
+        """A language model that thinks in the place of the first steps; the first one starts from the chain of thought.
+
+        Only the last one gives a row, since it alone has no steps left.
+        """
+        number, pause, last = steps * stage.thoughts_per_step, stage.kind == "pause", steps == stage.num_stages
+        before, spec = f"{stage.name}-{steps - 1}" if steps > 1 else "cot", thoughts.spec(self.model, pause=pause)
+        room = int(max(self.task.rows["train"].extra["step_segments"].sum(axis=(1, 2))))
+        states_after = partial(thoughts.states_after, cfg=self.model, number=number, constrain=self.constrain)
+        head = lambda params: self.head(params["model"])  # noqa: E731
+
+        def initial(kept: Kept) -> Params:
+            if steps > 1:
+                return _copy(kept[before])
+            return specs.init(jax.random.key(self.cfg.seed), spec) | {"model": _copy(kept["cot"])}
+
+        def scores(params: Params, part: str, kept: Kept) -> Scores:
+            if part == "test" and not last:
+                return {}
+            return {stage.name if part == "test" else way.name: self.ask.after_thoughts(number, room, part, params)}
+
+        way = Way(
+            f"{stage.name}-{steps}", stage, {"kind": stage.kind, "thoughts": number, "skip": steps}, (before,), spec,
+            make_thoughts_loss(states_after, head, room=room, mesh=self.mesh), initial, scores,
+            skip=self.cfg.data.max_steps if last else steps,
+        )  # fmt: skip
+        return way
 
     def sentences(self, name: str) -> Way:
         """An encoder and decoder, which start as one copy of the language model."""
@@ -129,8 +174,8 @@ class Stages:
 
         def scores(params: Params, part: str, kept: Kept) -> Scores:
             if exact:
-                return {name: {"exact": self.reconstructed(params, part)}}
-            return {name: judge(self.task, self.task.samples[part], self.texts(self.roll_encoder, part, params))}
+                return {name: {"exact": self.ask.reconstructed(params, part)}}
+            return {name: self.ask.rolled(self.ask.encoder, part, params)}
 
         return Way(
             name, cfg.stages[name], settings, ("cot", "semantic") if contrast else ("cot",), decoder.spec(self.model),
@@ -155,30 +200,47 @@ class Stages:
         def initial(kept: Kept) -> Params:
             return specs.init(jax.random.key(self.cfg.seed), spec) | {"model": _copy(kept["cot"])}
 
+        writer = stage.decoder or stage.vectors
+
         def scores(params: Params, part: str, kept: Kept) -> Scores:
-            found = {}
-            for name, roll in (("continuous", self.roll_continuous), ("discretized", self.roll_discretized)):
-                texts = self.texts(partial(roll, cfg, stage.vectors), part, params, kept[stage.vectors])
-                found[f"{stage.name} {name}"] = judge(self.task, self.task.samples[part], texts)
-            return found
+            ask, networks = self.ask, (kept[stage.vectors], kept[writer])
+            ways = {"continuous": partial(ask.continuous, cfg, rolls.never)}
+            ways["discretized"] = partial(ask.discretized, cfg, stage.vectors)
+            found = {way: ask.rolled(roll, part, params, *networks) for way, roll in ways.items()}
+            for name, stop in self.stops(stage).items() if part == "test" else ():  # no checkpoint is chosen by these
+                roll = partial(ask.continuous, cfg, stop)
+                found[f"continuous, {name}"] = ask.rolled(roll, part, params, *networks, stopped=True)
+            return {f"{stage.name} {way}": scores for way, scores in found.items()}
 
         loss = make_latent_loss(
             self.vectors[stage.vectors], predict, self.states, self.head, weights=stage.weights,
             temperature=self.cfg.temperature,
         )  # fmt: skip
         settings = {
-            "vectors": stage.vectors, "weights": stage.weights, "unit_scale": stage.unit_scale,
+            "vectors": stage.vectors, "decoder": writer, "weights": stage.weights, "unit_scale": stage.unit_scale,
             "dropout": self.cfg.dropout, "temperature": self.cfg.temperature,
         }  # fmt: skip
+
+        def frozen(kept: Kept) -> Params:
+            both = {"encoder": stage.vectors} | ({"decoder": writer} if writer != stage.vectors else {})
+            return {part: _copy(kept[name]) for part, name in both.items()}
+
+        needs = tuple(dict.fromkeys(("cot", stage.vectors, writer)))
         return Way(
-            stage.name, stage, settings, ("cot", stage.vectors), spec, loss, initial, scores,
-            best="continuous/accuracy", frozen=lambda kept: {"encoder": _copy(kept[stage.vectors])},
-        )  # fmt: skip
+            stage.name, stage, settings, needs, spec, loss, initial, scores, best="continuous/accuracy", frozen=frozen
+        )
+
+    def stops(self, stage: LatentStage) -> dict[str, rolls.Stop]:
+        """The rules that end a continuous roll by themselves."""
+        found: dict[str, rolls.Stop] = {"classifier": rolls.by_classifier} if stage.weights.get("stop") else {}
+        if self.cfg.stop_cosine is not None:
+            found["cosine"] = rolls.by_cosine(self.cfg.stop_cosine)
+        return found
 
     def train(self, way: Way, kept: Kept) -> Params:
         """Trains a stage, or goes on with it, and gives the parameters of its best validation."""
         cfg, stage = self.cfg, way.stage
-        rows = self.rows("train", direct=way.name == "direct")
+        rows = self.rows("train", skip=way.skip)
         every = max(1, -(-stage.num_steps // cfg.evals))
         run = StageRun(
             run_dir=str(Path(cfg.run_dir) / way.name), settings=way.settings,
@@ -200,13 +262,13 @@ class Stages:
             evaluate=partial(self.validate, way, kept),
             speed=Throughput(cfg.data.batch_size * rows.columns["text"].length), row_keys=True,
         )  # fmt: skip
-        return self.load(run, way.spec)
+        return way.whole(self.load(run, way.spec), kept)
 
     def validate(self, way: Way, kept: Kept, state: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         """`evaluate` of the loop: the scores on the validation samples."""
         if stop():
             return None
-        found = way.judge(averaged(state), "validation", kept)
+        found = way.judge(way.whole(averaged(state), kept), "validation", kept)
         inference = {row: "/".join(["validation", *row.removeprefix(way.name).split()]) for row in found}
         return {f"{inference[row]}/{k}": v for row, scores in found.items() for k, v in scores.items()}
 
@@ -219,12 +281,12 @@ class Stages:
         folder = Path(run.run_dir) / "checkpoints"
         return load_params(folder, shapes, step=best_step(folder, run.train.best_metric, run.train.best_mode))
 
-    def rows(self, part: str, *, direct: bool = False) -> SentenceRows:
-        """The rows of a part; direct: with the answer alone."""
-        if not direct:
+    def rows(self, part: str, *, skip: int = 0) -> SentenceRows:
+        """The rows of a part, without that many steps at the front of each sample; the answer stays."""
+        if not skip:
             return self.task.rows[part]
-        alone = [dataclasses.replace(sample, steps=()) for sample in self.task.samples[part]]
-        return sample_rows(self.cfg.data, alone, self.task.tokenizer, part)[0]
+        shorter = [dataclasses.replace(sample, steps=sample.steps[skip:]) for sample in self.task.samples[part]]
+        return sample_rows(self.cfg.data, shorter, self.task.tokenizer, part)[0]
 
     @cached_property
     def vectors(self) -> dict[str, Vectors]:
@@ -249,78 +311,6 @@ class Stages:
     def drop(self, vectors: Array, key: Array | None) -> Array:
         """Dropout of contextual vectors before the decoder."""
         return layers.dropout(vectors, self.cfg.dropout, key, _DROP)
-
-    def token_by_token(self, params: Params, part: str) -> dict[str, float]:
-        """The scores of what the language model writes after each question, greedily."""
-        samples, tokenizer = self.task.samples[part], self.task.tokenizer
-        prompts = [np.append(tokenizer.encode_plain(s.question), self.end_id) for s in samples]
-        longest = int(max(self.task.rows["train"].extra["step_segments"].sum(axis=(1, 2))))
-        found = generate(
-            params, prompts, cfg=self.model, tokenizer=tokenizer, constrain=self.constrain, batch_size=64, eos_ids=(),
-            sampling=SamplingConfig(max_new_tokens=longest, temperature=0.0),
-        )  # fmt: skip
-        return judge(self.task, samples, [result.text.split("\n") for result in found])
-
-    def reconstructed(self, params: Params, part: str) -> float:
-        """Percent of the different sentences of a part that the autoencoder writes again, token for token."""
-        tokens, segments = (self.task.rows[part].extra[name] for name in ("steps", "step_segments"))
-        joined = np.stack([np.where(segments != 0, tokens, 0), segments])
-        there = segments[..., 0] != 0
-        tokens, segments = np.unique(joined[:, there], axis=1)
-
-        def again(params: Params, tokens: Array, segments: Array) -> rolls.Sentences:
-            vectors = latent.encode_sentences(params, tokens, segments, cfg=self.model)
-            limit = self.cfg.data.max_step_tokens
-            return rolls.write(params, vectors, cfg=self.model, end_id=self.end_id, max_tokens=limit)
-
-        found = self._whole(again)(params, tokens, segments)
-        return 100 * float(np.mean(np.all(np.asarray(found.tokens) == tokens, axis=1)))
-
-    def texts(self, roll: Callable[..., rolls.Roll], part: str, *params: Params) -> list[list[str]]:
-        """The sentences of a roll over the questions of a part."""
-        column, decode = self.task.rows[part].columns["question"], self.task.tokenizer.decode
-        tokens = np.zeros((len(column.tokens), column.length), np.int32)
-        segments = np.zeros_like(tokens)
-        for i, ids in enumerate(column.tokens):
-            tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
-        found = jax.tree.map(np.asarray, self._whole(roll)(*params, tokens, segments).sentences)
-        return [
-            [decode(t[s != 0]).removesuffix("\n") for t, s in zip(*row)] for row in zip(found.tokens, found.segments)
-        ]
-
-    def _whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiled, its results whole on every device."""
-        return jax.jit(function, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-
-    @property
-    def _limits(self) -> dict[str, int]:
-        limit = self.cfg.data.max_step_tokens
-        return dict(num_sentences=self.cfg.num_sentences, end_id=self.end_id, max_tokens=limit)
-
-    def roll_encoder(self, params: Params, question: Array, segments: Array) -> rolls.Roll:
-        """Encoder and decoder alone."""
-        return rolls.roll_encoder(params, question, segments, cfg=self.model, **self._limits)
-
-    def roll_continuous(
-        self, cfg: LatentConfig, vectors: str, params: Params, network: Params, question: Array, segments: Array
-    ) -> rolls.Roll:
-        """Outputs are fed back as they are, whatever vectors the model was trained on."""
-        return rolls.roll_continuous(
-            params, network, question, segments, cfg=cfg, decoder_cfg=self.model, **self._limits
-        )
-
-    def roll_discretized(
-        self, cfg: LatentConfig, vectors: str, params: Params, network: Params, question: Array, segments: Array
-    ) -> rolls.Roll:
-        """Outputs are written as text, and its vector, or that of what stands before it, is read."""
-
-        def reencode(text: rolls.Text, new: rolls.Sentences) -> Array:
-            read = new if vectors == "semantic" else text
-            return latent.encode_sentences(network, read.tokens, read.segments, cfg=self.model)
-
-        return rolls.roll_discretized(
-            params, network, question, segments, cfg=cfg, decoder_cfg=self.model, reencode=reencode, **self._limits
-        )
 
 
 def _copy(params: Params) -> Params:

@@ -40,7 +40,8 @@ class Config:
     """A sweep. base: the config of a recipe that writes results.json.
 
     seeds: set in each of seed_fields. metrics: columns of the table, the scores of the trained system; rows: other
-    systems of the results (a start, baselines) that stand above it.
+    systems of the results (a start, baselines) that stand above it. all_rows: every system of the results is trained,
+    and each has its row.
     """
 
     run_dir: str
@@ -51,6 +52,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     seed_fields: tuple[str, ...] = ("train.seed", "data.seed")
     rows: tuple[str, ...] = ()
+    all_rows: bool = False
 
     def __post_init__(self) -> None:
         folders = [folder_of(variant) for variant in self.variants]
@@ -85,14 +87,15 @@ def run(cfg: Config) -> dict[str, list[Results]]:
         for variant in cfg.variants:
             folder = Path(cfg.run_dir) / f"{folder_of(variant)}-{seed}"
             recipe, run_config = _configured(cfg, variant.changes, seed, folder)
-            if (folder / RESULTS).is_file():
+            if (folder / RESULTS).is_file() and (folder / FILE).is_file():
                 recorded = json.loads((folder / FILE).read_text())["config"]
                 check_resumable(recorded, to_dict(recipe.resolve(run_config)), may_change=())
             else:
                 say(f"=== {variant.name}, seed {seed}: {folder}")
                 recipe.run(run_config)
             found[variant.name].append(json.loads((folder / RESULTS).read_text()))
-    text = table(found, metrics=cfg.metrics, rows=cfg.rows)
+    shown = by_row(found) if cfg.all_rows else found
+    text = table(shown, metrics=cfg.metrics, rows=cfg.rows)
     (Path(cfg.run_dir) / "table.md").write_text(text)
     say(text)
     return found
@@ -116,6 +119,20 @@ def _configured(cfg: Config, changes: Sequence[str], seed: int, folder: Path) ->
     return recipe, to_dataclass(recipe.Config, values)
 
 
+def by_row(found: Mapping[str, Sequence[Results]]) -> dict[str, list[Results]]:
+    """Every row of every variant as a variant of its own; one that not all seeds have is left out.
+
+    >>> by_row({"a": [{"x": {"f1": 1.0}, "y": {"f1": 2.0}}, {"x": {"f1": 3.0}}]})
+    {'x': [{'trained': {'f1': 1.0}}, {'trained': {'f1': 3.0}}]}
+    """
+    shown: dict[str, list[Results]] = {}
+    for variant, results in found.items():
+        common = [row for row in results[0] if all(row in r for r in results)]
+        names = {row: row if len(found) == 1 else f"{variant}: {row}" for row in common}
+        shown |= {names[row]: [{"trained": r[row]} for r in results] for row in common}
+    return shown
+
+
 def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], rows: Sequence[str]) -> str:
     """The variants as Markdown: mean and standard deviation over the seeds, and the range where there are few.
 
@@ -125,13 +142,16 @@ def table(found: Mapping[str, Sequence[Results]], *, metrics: Sequence[str], row
     | a | 2.00 ± 1.41 (1.00 to 3.00) |
     <BLANKLINE>
     """
+    known = {m for results in found.values() for result in results for row in result.values() for m in row}
+    if unknown := sorted(set(metrics) - known):
+        raise ValueError(f"metrics: no result has {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     lines = [f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     first = next(iter(found.values()))[0]
     for row in rows:
         cells = [_cell([first[row].get(m)]) for m in metrics]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     for name, results in found.items():
-        cells = [_cell([r["trained"][m] for r in results]) for m in metrics]
+        cells = [_cell([r["trained"].get(m) for r in results]) for m in metrics]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

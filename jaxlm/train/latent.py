@@ -14,11 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxlm.losses import latent_info_nce, latent_squared_error, next_sentence_nll
+from jaxlm.losses import latent_info_nce, latent_squared_error, next_sentence_nll, termination
 from jaxlm.ops.masked import masked_mean
-from jaxlm.train.objectives import Head, Nll, make_next_token_loss
+from jaxlm.train.objectives import Head, Nll, make_hidden_nll, make_next_token_loss
 from jaxlm.typing import Array, Batch, Bool, Float, LossFn, Metrics, Params
+
+TERMS = ("nll", "info_nce", "tie", "mse", "stop")
+"""Of the loss of a latent model."""
 
 Vectors = Callable[[Params, Batch], Float[Array, "B M E"]]
 """(parameters of the encoder, batch) -> the vector of every sentence."""
@@ -44,6 +48,29 @@ def make_answer_loss(nll: Nll) -> LossFn:
         behind = jnp.arange(1, tokens.shape[1]) > batch["ends"][:, :1]
         shifted = {"inputs": tokens[:, :-1], "segments": segments[:, :-1], "targets": tokens[:, 1:]}
         return loss(params, {**shifted, "mask": behind & (segments[:, 1:] != 0)}, key)
+
+    return loss_fn
+
+
+def make_thoughts_loss(states_after: Callable[..., Array], head: Head, *, room: int, mesh: Mesh | None) -> LossFn:
+    """Next-token prediction of what follows a question and its thoughts (Coconut and its control).
+
+    states_after: (params, question, its segments, tokens, segments) -> states (`jaxlm.models.thoughts.states_after`).
+    room: tokens that follow a question, at most; ends of sentences count.
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        def apply(params: Params, tokens: Array, *, segments: Array, **_: Any) -> Array:
+            return states_after(params, batch["question/tokens"], batch["question/segments"], tokens, segments)
+
+        place = batch["ends"][:, :1] + jnp.arange(room + 1)  # from the newline of the question, which is read again
+        inside = place < batch["text/tokens"].shape[1]
+        place = jnp.where(inside, place, 0)
+        tokens, segments = (jnp.take_along_axis(batch[f"text/{x}"], place, axis=1) for x in ("tokens", "segments"))
+        there = inside & (segments != 0)
+        shifted = {"inputs": tokens[:, :-1], "segments": there[:, :-1].astype(jnp.int32), "targets": tokens[:, 1:]}
+        nll = make_hidden_nll(apply, head, mesh=mesh)
+        return make_next_token_loss(nll)(params, {**shifted, "mask": there[:, 1:]}, key)
 
     return loss_fn
 
@@ -91,13 +118,14 @@ def make_latent_loss(
         info_nce   of cos(o_i, P1(h_j)) / temperature, over sentences of the global batch       the paper's, weight 1
         tie        |o_i - stop_gradient(P1(h_i))|^2 / Z: the scale that the cosine leaves free  ours
         mse        |P2(o_i) - h_i|^2 / D, in the encoder's space                                for comparison
+        stop       of the classifier that finds the last sentence among the o_i, which alone it moves
 
     predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. The loss reads `frozen`: the
     parameters under encoder and decoder, or under encoder alone where one network is both.
     """
-    unknown = sorted(set(weights) - {"nll", "info_nce", "tie", "mse"})
+    unknown = sorted(set(weights) - set(TERMS))
     if unknown or not weights:
-        raise ValueError(f"weights: expected nll, info_nce, tie, mse, or some of them; found {unknown or 'none'}")
+        raise ValueError(f"weights: expected {', '.join(TERMS)}, or some of them; found {unknown or 'none'}")
 
     def loss_fn(params: Params, batch: Batch, key: Array | None, frozen: Params = None) -> Any:
         there = sentences(batch)
@@ -114,6 +142,9 @@ def make_latent_loss(
             terms["tie"] = masked_mean(latent_squared_error(found.output, target, mask=there), there)
         if "mse" in weights:
             terms["mse"] = masked_mean(latent_squared_error(found.sentence, h, mask=there), there)
+        if "stop" in weights:
+            last = there & ~jnp.pad(there[:, 1:], ((0, 0), (0, 1)))
+            terms["stop"] = masked_mean(termination(found.stop_logit, last, mask=there), there)
         return _weighted(terms, weights, there)
 
     return loss_fn

@@ -98,3 +98,22 @@ def test_the_parts_of_a_split_share_no_question(samples):
     assert bw.split(samples, validation=300, test=400, seed=2) != parts
     with pytest.raises(ValueError, match="together below the 5256"):
         bw.split(samples, validation=5000, test=400)
+
+
+def test_drawn_samples_share_no_state_between_parts_and_have_shortest_plans():
+    sizes = {"train": 60, "test": 20}
+    found = bw.draw_samples(5, sizes, seed=1, starts=7)
+    assert {part: len(samples) for part, samples in found.items()} == sizes
+    assert len({s.question for samples in found.values() for s in samples}) == 80
+    ends = {}
+    for part, samples in found.items():
+        texts = [t for s in samples for t in s.question.removeprefix("Start: ").split(" Goal: ")]
+        ends[part] = {bw.parse_state(text) for text in texts}
+        assert all(bw.solves(s.question, s.steps) and len(s.steps) == int(s.answer) >= 4 for s in samples)
+    assert not ends["train"] & ends["test"]
+    assert found == bw.draw_samples(5, sizes, seed=1, starts=7)
+    sample = found["test"][0]
+    start, goal = (bw.parse_state(t) for t in sample.question.removeprefix("Start: ").split(" Goal: "))
+    assert bw.distances(goal)[start] == len(sample.steps)
+    with pytest.raises(ValueError, match="train: 3 blocks give 2 samples of at least 4 moves"):
+        bw.draw_samples(3, {"train": 3, "test": 3})

@@ -163,6 +163,45 @@ def test_the_continuous_roll_feeds_back_its_outputs(params, text_params, questio
             read = jnp.concatenate([read, output[:, None]], axis=1)
 
 
+def ends_at(second, first):
+    """A rule that ends rows after given numbers of outputs, told by the outputs of a roll without one."""
+
+    def stop(params, output, previous):
+        return jnp.all(output == jnp.stack([first, second]), axis=-1)
+
+    return stop
+
+
+@pytest.mark.parametrize("rule", ["places", "classifier", "cosine"])
+def test_a_rule_ends_a_row_and_leaves_the_others(params, text_params, question, rule):
+    run = lambda stop: rolls.roll_continuous(  # noqa: E731
+        params, text_params, *question, cfg=CFG, decoder_cfg=TEXT, num_sentences=4, end_id=END, max_tokens=S, stop=stop
+    )
+    whole = run(rolls.never)
+    assert whole.number.tolist() == [4, 4]
+    outputs = np.asarray(whole.outputs)
+    if rule == "places":
+        found, expected = run(ends_at(whole.outputs[1, 2], whole.outputs[0, 1])), [2, 3]
+    elif rule == "classifier":
+        found = run(rolls.by_classifier)
+        expected = [first_of(row > 0) for row in np.asarray(latent.stop_logits(params, whole.outputs))]
+    else:
+        norms = np.linalg.norm(outputs, axis=-1)
+        cosines = (outputs[:, 1:] * outputs[:, :-1]).sum(-1) / (norms[:, 1:] * norms[:, :-1])
+        threshold = float(np.sort(cosines.ravel())[-2]) - 1e-4  # so that two places pass
+        found = run(rolls.by_cosine(threshold))
+        expected = [first_of(np.append(False, row > threshold)) for row in cosines]
+    assert found.number.tolist() == expected
+    for b, number in enumerate(expected):
+        np.testing.assert_array_equal(found.outputs[b, :number], outputs[b, :number])
+        assert not np.any(found.outputs[b, number:]) and not np.any(found.sentences.segments[b, number:])
+        np.testing.assert_array_equal(found.sentences.tokens[b, :number], whole.sentences.tokens[b, :number])
+
+
+def first_of(holds):
+    return int(np.argmax(holds)) + 1 if holds.any() else len(holds)
+
+
 @pytest.mark.parametrize("kind", ["semantic", pytest.param("contextual", marks=pytest.mark.slow)])
 def test_the_discretized_roll_reads_what_it_wrote(params, text_params, question, kind):
     tokens, segments = question

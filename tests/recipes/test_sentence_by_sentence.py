@@ -11,13 +11,20 @@ import pytest
 
 from jaxlm.data.errors import BadRow
 from jaxlm.data.sources import SourceConfig
+from jaxlm.models import decoder
+from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
+from jaxlm.models.lora import LoraConfig
 from jaxlm.recipes import sentence_by_sentence as recipe
 from jaxlm.recipes import sentence_data
 from jaxlm.recipes.config import to_dataclass, to_dict
-from jaxlm.recipes.sentence_by_sentence import LatentStage, StageConfig
+from jaxlm.recipes.sentence_by_sentence import Curriculum, LatentStage, StageConfig
 from jaxlm.recipes.sentence_data import TaskConfig
+from jaxlm.recipes.sentence_lora import adapted
+from jaxlm.recipes.sentence_stages import Stages
+from jaxlm.recipes.sentence_table import costs, plot_costs
 from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.train.metrics import read_lines
 
 MODEL = DecoderConfig(
     vocab_size=320, width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64, max_length=256,
@@ -32,12 +39,16 @@ TASK = TaskConfig(
 def config(folder, **changes) -> recipe.Config:
     stages = {name: StageConfig(6, learning_rate=1e-2) for name in ("direct", "cot", "semantic", "contextual")}
     stages["contrastive"] = StageConfig(3)
-    latents = (LatentStage(6, name="ours"), LatentStage(3, name="paper", weights={"nll": 1.0}, vectors="semantic"))
+    hybrid = LatentStage(3, name="hybrid", weights={"nll": 1.0}, vectors="semantic", decoder="contextual")
+    curricula = (Curriculum(3, num_stages=2), Curriculum(3, name="pause", kind="pause", num_stages=1))
     plain = dict(
-        run_dir=str(folder), data=TASK, stages=stages, latents=latents, model=MODEL, mesh=MeshConfig(), num_sentences=3,
-        evals=2,
+        run_dir=str(folder), data=TASK, stages=stages, latents=(LatentStage(6, name="ours"), hybrid), model=MODEL,
+        mesh=MeshConfig(), num_sentences=3, evals=2, curricula=curricula, stop_cosine=0.9,
     )  # fmt: skip
     return recipe.Config(**plain | changes)
+
+
+WAYS = ("continuous", "discretized")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +57,14 @@ def task(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_all_stages_run_and_started_again_they_go_on(tmp_path):
+def test_all_stages_run_and_started_again_they_go_on(tmp_path, monkeypatch):
     rows = recipe.run(config(tmp_path / "run"))
-    ways = [f"{name} {how}" for name in ("ours", "paper") for how in ("continuous", "discretized")]
+    ours = [f"ours {how}" for how in (*WAYS, "continuous, classifier", "continuous, cosine")]
+    hybrid = [f"hybrid {how}" for how in (*WAYS, "continuous, cosine")]
+    ways = [*ours, *hybrid, "coconut", "pause"]
     assert list(rows) == ["direct", "cot", "semantic", "contextual", "contrastive", *ways]
+    assert all(1 <= rows[way]["sentences"] <= 3 for way in ways if "," in way)
+    assert (tmp_path / "run" / "flops.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
     losses = [json.loads(line) for line in (tmp_path / "run" / "cot" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1]["step"] == 6
@@ -62,22 +77,57 @@ def test_all_stages_run_and_started_again_they_go_on(tmp_path):
     # Nothing is taken for done that other settings, or another stage before it, would change.
     with pytest.raises(ValueError, match=r"settings.dropout: 0.2 -> 0.1"):
         recipe.run(config(tmp_path / "run", latents=more, dropout=0.1))
-    longer = {**config(tmp_path).stages, "semantic": StageConfig(12, learning_rate=1e-2)}
-    with pytest.raises(ValueError, match=r"starts_from.semantic"):
-        recipe.run(config(tmp_path / "run", latents=more, stages=longer))
+    monkeypatch.setattr("jaxlm.recipes.sentence_stages.fingerprint", lambda params: "of other parameters")
+    with pytest.raises(ValueError, match=r"starts_from.cot: .* -> of other parameters"):
+        recipe.run(config(tmp_path / "run", latents=more))
 
 
 @pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(tmp_path, monkeypatch):
     def losses(folder, mesh):
         small = dict(stages={"cot": StageConfig(4), "contextual": StageConfig(4)}, latents=(LatentStage(4, name="z"),))
+        small |= dict(curricula=(Curriculum(4, num_stages=1),))
         recipe.run(config(folder, mesh=mesh, **small))
-        lines = (folder / "z" / "metrics.jsonl").read_text().splitlines()
-        return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
+        lines = [line for name in ("z", "coconut-1") for line in read_lines(folder / name / "metrics.jsonl")]
+        return [line["train/loss"] for line in lines if "train/loss" in line]
 
     many = losses(tmp_path / "many", MeshConfig(data=2, fsdp=4))
     monkeypatch.setattr("jaxlm.recipes.sentence_stages.make_mesh", lambda cfg: _one_device_mesh())
     np.testing.assert_allclose(many, losses(tmp_path / "one", MeshConfig()), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_where_the_model_is_frozen(tmp_path, capsys):
+    small = dict(stages={"cot": StageConfig(4), "contextual": StageConfig(4)}, latents=(LatentStage(4, name="z"),))
+    cfg = config(tmp_path / "run", **small, curricula=(), lora=LoraConfig(rank=2, targets=("q", "out")))
+    rows = recipe.run(cfg)
+    assert list(rows)[:2] == ["cot", "contextual"] and "z continuous" in rows
+    shown = dict(part.split("\n", 1) for part in capsys.readouterr().out.split("=== ")[1:])
+    assert "embed/table" in shown["cot"] and "lora_a" not in shown["cot"]
+    for name in ("contextual", "z"):
+        assert "attn/q/lora_a" in shown[name] and "embed/table" not in shown[name] and "up/lora_a" not in shown[name]
+    assert "into/up/kernel" in shown["z"]
+    assert recipe.run(cfg) == rows
+
+
+def test_a_stage_with_adapters_of_zeros_is_the_stage(task, tmp_path):
+    cfg = config(tmp_path, dropout=0.0)
+    stages = Stages(cfg, task)
+    spec = decoder.spec(MODEL)
+    kept = {name: specs.init(jax.random.key(i), spec) for i, name in enumerate(("cot", "contextual"))}
+    batch = next(
+        sentence_data.make_batches(TASK, task.rows["train"], task, num_steps=1).train.batches(0, 1, num_threads=0)
+    )[1]
+    way = stages.latent(cfg.latents[0])
+    lora = LoraConfig(rank=2)
+    other = adapted(way, lora, seed=0)
+    start, frozen = other.initial(kept), other.frozen(kept)
+    plain = way.loss(way.initial(kept), batch, None, frozen=way.frozen(kept))[0]
+    assert float(other.loss(start, batch, None, frozen=frozen)[0]) == pytest.approx(float(plain), rel=1e-6)
+    moved = jax.tree.map(lambda x: x + 0.01, start)
+    merged = way.loss(other.whole(moved, kept), batch, None, frozen=way.frozen(kept))[0]
+    assert float(other.loss(moved, batch, None, frozen=frozen)[0]) == pytest.approx(float(merged), rel=1e-5)
+    assert float(merged) != pytest.approx(float(plain), rel=1e-3)
 
 
 def _one_device_mesh():
@@ -134,6 +184,14 @@ def test_settings_survive_the_record_and_what_cannot_be_meant_is_refused(tmp_pat
         (dict(stages={"semantic": StageConfig(1)}, latents=()), "semantic starts from .* add stages.cot"),
         (dict(latents=(LatentStage(1, name="cot"),)), "expected names of their own"),
         (dict(latents=(LatentStage(1, name="a b"),)), "expected names of their own"),
+        (dict(latents=(LatentStage(1, name="coconut-2"),)), "expected names of their own"),
+        (
+            dict(
+                latents=(LatentStage(1, decoder="contrastive"),),
+                stages={n: StageConfig(1) for n in ("cot", "contextual")},
+            ),
+            "latent starts from .* add stages.contrastive",
+        ),
         (dict(model=None), "give model"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -147,12 +205,22 @@ def test_settings_survive_the_record_and_what_cannot_be_meant_is_refused(tmp_pat
 
 
 def test_costs_are_those_of_the_test_samples(tmp_path, task):
-    rows = ["direct", "cot", "contextual", "ours continuous", "ours discretized", "paper discretized"]
-    found = recipe.costs(config(tmp_path), task, rows)
+    names = ["direct", "cot", "contextual", "ours continuous", "ours discretized", "hybrid discretized", "coconut"]
+    rows: dict[str, dict[str, float]] = {name: {} for name in names} | {
+        "ours continuous, classifier": {"sentences": 1.0}
+    }
+    found = costs(config(tmp_path), task, rows)
     assert found["contextual"] == {}
     last = {row: cost["MFLOP, head last"] for row, cost in found.items() if cost}
-    assert last["direct"] < last["ours continuous"] < last["cot"] < last["paper discretized"] < last["ours discretized"]
+    order = ["direct", "coconut", "ours continuous", "cot", "hybrid discretized", "ours discretized"]
+    assert sorted(order, key=last.get) == order
+    assert last["direct"] < last["ours continuous, classifier"] < last["ours continuous"]
     head = 2 * MODEL.width * MODEL.vocab_size * np.mean([len(q) for q in task.rows["test"].columns["question"].tokens])
     for row, cost in found.items():
         if cost:
             assert cost["MFLOP, head every"] - last[row] == pytest.approx(head / 1e6)
+
+
+def test_nothing_is_drawn_of_rows_without_costs(tmp_path):
+    assert plot_costs({"contextual": {"accuracy": 50.0}}, tmp_path / "x.png") is None
+    assert not (tmp_path / "x.png").exists()

@@ -15,7 +15,7 @@ from jaxlm.losses import latent_info_nce
 from jaxlm.models import decoder, latent
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
-from jaxlm.train.latent import make_answer_loss, make_latent_loss, make_sentence_loss, sentences
+from jaxlm.train.latent import make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss, sentences
 from jaxlm.train.objectives import make_hidden_nll
 
 MODEL = DecoderConfig(
@@ -110,7 +110,7 @@ def test_the_contrast_draws_contextual_vectors_to_the_semantic_ones(batch, param
 
 
 def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch, params):
-    weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25}
+    weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25, "stop": 0.5}
     frozen = {"encoder": params, "decoder": specs.init(jax.random.key(1), decoder.spec(MODEL))}
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
     loss = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights=weights))
@@ -122,11 +122,40 @@ def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch,
     tie = np.mean((np.asarray(found.output) - np.asarray(found.target)) ** 2, axis=-1)[there].mean()
     np.testing.assert_allclose(metrics["tie"][0] / rows, tie, rtol=1e-5)
     grad = jax.grad(lambda p: loss(p, batch, None, frozen=frozen)[0])(trained)
-    for name, needed in (("into", True), ("out", True), ("model", True)):
-        assert (np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0) == needed
+    for name in ("into", "out", "model", "stop"):
+        assert np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0
     alone = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights={"tie": 1.0}))
     tied = jax.grad(lambda p: alone(p, batch, None, frozen=frozen)[0])(trained)
     assert np.all(np.asarray(tied["out"]["up"]["kernel"]) == 0)
+
+
+def test_the_classifier_learns_the_last_sentence_and_moves_nothing_else(batch, params):
+    trained = specs.init(jax.random.key(2), latent.spec(CFG))
+    loss = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights={"stop": 1.0}))
+    total, rows, _ = loss(trained, batch, None, frozen={"encoder": params})
+    found = predict(trained, batch, jax.jit(contextual)(params, batch), sentences(batch), None)
+    x = np.asarray(latent.stop_logits(trained, found.output), np.float64)
+    last = [len(s.sentences) - 1 for s in SAMPLES]
+    terms = [np.log1p(np.exp(x[b, i])) - x[b, i] * (i == end) for b, end in enumerate(last) for i in range(end + 1)]
+    np.testing.assert_allclose(total / rows, np.mean(terms), rtol=1e-5)
+    grad = jax.grad(lambda p: loss(p, batch, None, frozen={"encoder": params})[0])(trained)
+    moved = {name for name in grad if any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad[name]))}
+    assert moved == {"stop"}
+
+
+def test_the_loss_after_thoughts_counts_what_follows_the_question(batch, params):
+    def states_after(params, question, question_segments, tokens, segments):
+        # Without thoughts: the states of the whole text, from the question's newline on.
+        hidden = apply(params, batch["text/tokens"], positions=None, segments=batch["text/segments"], key=None)
+        place = jnp.minimum(batch["ends"][:, :1] + jnp.arange(tokens.shape[1]), hidden.shape[1] - 1)
+        np.testing.assert_array_equal(tokens[:, 0], ord("\n"))
+        return jnp.take_along_axis(hidden, place[..., None], axis=1)
+
+    room = int(batch["step_segments"].sum(axis=(1, 2)).max())
+    found = make_thoughts_loss(states_after, HEAD, room=room, mesh=None)(params, batch, None)
+    expected = make_answer_loss(make_hidden_nll(apply, HEAD))(params, batch, None)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert found[1] == expected[1]
 
 
 def test_one_network_may_be_encoder_and_decoder(batch, params):
