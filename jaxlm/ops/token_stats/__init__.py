@@ -88,6 +88,7 @@ def token_stats(
         blank(hidden, mask).reshape(-1, hidden.shape[-1]),
         unembed,
         targets.reshape(-1),
+        mask=None if mask is None else mask.reshape(-1),
         bias=bias,
         temperature=check_temperature(temperature),
         soft_cap=check_soft_cap(soft_cap),

@@ -25,7 +25,10 @@ class TokenStats(NamedTuple):
 
 @runtime_checkable
 class Implementation(Protocol):
-    """The statistics of N tokens, none of them masked; see `jaxlm.ops.token_stats` for the meaning of each argument."""
+    """The statistics of N tokens; see `jaxlm.ops.token_stats` for the meaning of each argument.
+
+    The hidden states of masked tokens are 0, and the caller replaces what comes out for them: they may be skipped.
+    """
 
     def __call__(
         self,
@@ -33,6 +36,7 @@ class Implementation(Protocol):
         unembed: Float[Array, "V D"],
         targets: Int[Array, "N"],
         *,
+        mask: Bool[Array, "N"] | None = None,
         bias: Float[Array, "V"] | None,
         temperature: Float[Array, ""] | None,
         soft_cap: float | None,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.token_stats.contract import Output, TokenStats
-from jaxlm.typing import Array, Float, Int
+from jaxlm.typing import Array, Bool, Float, Int
 
 
 def dense(
@@ -14,6 +14,7 @@ def dense(
     unembed: Float[Array, "V D"],
     targets: Int[Array, "N"],
     *,
+    mask: Bool[Array, "N"] | None = None,
     bias: Float[Array, "V"] | None,
     temperature: Float[Array, ""] | None,
     soft_cap: float | None,

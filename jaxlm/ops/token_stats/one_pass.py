@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.token_stats.compact import kept_first, take
 from jaxlm.ops.token_stats.contract import (
     Output,
     TokenStats,
@@ -90,9 +91,13 @@ def one_pass_nll(
     check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
     num_tokens, vocab = targets.size, unembed.shape[0]
     plan = _Plan(check_outputs(outputs), check_soft_cap(soft_cap), float(z_weight), num_tiles(num_tokens, vocab))
-    kept = jnp.ones(targets.shape, bool) if mask is None else mask
-    head = Head(blank(hidden, mask).reshape(-1, hidden.shape[-1]), unembed, bias, None)
-    total, stats = _nll(plan, head, targets.reshape(-1), kept.reshape(-1))
+    hidden, flat, count = blank(hidden, mask).reshape(-1, hidden.shape[-1]), targets.reshape(-1), jnp.int32(num_tokens)
+    kept = None if mask is None else kept_first(mask.reshape(-1))
+    if kept is not None:
+        hidden, flat, count = take(hidden, kept.order), take(flat, kept.order), kept.number
+    total, stats = _nll(plan, Head(hidden, unembed, bias, None), flat, count)
+    if kept is not None:
+        stats = jax.tree.map(lambda x: take(x, kept.back), stats)
     return total, silence(jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(targets.shape), stats), mask)
 
 
@@ -106,20 +111,44 @@ def num_tiles(num_tokens: int, vocab: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(plan: _Plan, head: Head, targets: Int[Array, "N"], mask: Bool[Array, "N"]) -> tuple[Array, TokenStats]:
+def _nll(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, ""]) -> tuple[Array, TokenStats]:
+    """Of the first `count` tokens; those behind them are not looked at."""
     options = dict(bias=head.bias, temperature=None, soft_cap=plan.soft_cap, outputs=_needed(plan))
-    return _total(plan, tiled(head.hidden, head.unembed, targets, **options), mask)
+    mask = jnp.arange(len(targets)) < count
+    return _total(plan, tiled(head.hidden, head.unembed, targets, mask=mask, **options), mask)
 
 
-def _nll_fwd(plan: _Plan, head: Head, targets: Array, mask: Array) -> tuple[tuple[Array, TokenStats], Head]:
+class _Carry(NamedTuple):
+    """What the tiles write: gradients, and the statistics of each token."""
+
+    unembed: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+    hidden: Float[Array, "T R D"]
+    stats: TokenStats
+
+
+def _nll_fwd(plan: _Plan, head: Head, targets: Array, count: Array) -> tuple[tuple[Array, TokenStats], Head]:
+    num_tokens, wide = len(targets), wide_dtype(head)
+    mask = jnp.arange(num_tokens) < count
     cast = head._replace(unembed=head.unembed.astype(head.hidden.dtype))
-    zeros = partial(jnp.zeros, dtype=wide_dtype(head))
-    start = (zeros(head.unembed.shape), None if head.bias is None else zeros(head.bias.shape))
     tiles = jax.tree.map(partial(_cut, num_tiles=plan.num_tiles), (head.hidden, targets, mask))
-    (unembed, bias), (hidden, stats) = jax.lax.scan(partial(_one_tile, plan, cast), start, tiles)
-    hidden, stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(targets)], (hidden, stats))
-    bias = None if bias is None else bias.astype(head.bias.dtype)
-    return _total(plan, stats, mask), Head(hidden, unembed.astype(head.unembed.dtype), bias, None)
+    zeros = partial(jnp.zeros, dtype=wide)
+    needed = _needed(plan)
+    start = _Carry(
+        unembed=zeros(head.unembed.shape),
+        bias=None if head.bias is None else zeros(head.bias.shape),
+        hidden=jnp.zeros_like(tiles[0]),
+        stats=TokenStats(**{name: zeros(tiles[1].shape) for name in needed}),
+    )
+
+    def step(t: Array, carry: _Carry) -> _Carry:
+        return _one_tile(plan, cast, carry, t, jax.tree.map(lambda x: x[t], tiles))
+
+    # Tiles behind the last token that counts are not run.
+    end = jax.lax.fori_loop(0, -(-count // tiles[1].shape[1]), step, start)
+    hidden, stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], (end.hidden, end.stats))
+    bias = None if end.bias is None else end.bias.astype(head.bias.dtype)
+    return _total(plan, stats, mask), Head(hidden, end.unembed.astype(head.unembed.dtype), bias, None)
 
 
 def _nll_bwd(plan: _Plan, gradient: Head, cotangents: tuple[Array, TokenStats]) -> tuple[Head, None, None]:
@@ -149,8 +178,8 @@ def _cut(x: Array, *, num_tiles: int) -> Array:
     return padded.reshape(num_tiles, size, *x.shape[1:])
 
 
-def _one_tile(plan: _Plan, head: Head, grads: Any, tile: tuple[Array, Array, Array]) -> tuple[Any, Any]:
-    """Adds a tile's part to the gradients of unembed and bias; gives its gradient of hidden and its statistics."""
+def _one_tile(plan: _Plan, head: Head, carry: _Carry, t: Array, tile: tuple[Array, Array, Array]) -> _Carry:
+    """Adds a tile's part to the gradients of unembed and bias; puts its gradient of hidden and its statistics."""
     hidden, targets, mask = tile
     head, vocab = head._replace(hidden=hidden), head.unembed.shape[0]
     z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, vocab))
@@ -163,9 +192,12 @@ def _one_tile(plan: _Plan, head: Head, grads: Any, tile: tuple[Array, Array, Arr
     (du,) = pull(logit_gradient(row, z, is_target(targets, 0, vocab)))
     # One array for both products, not two computations of it fused into them.
     narrow = jax.lax.optimization_barrier(du.astype(hidden.dtype))
-    unembed = grads[0] + product(head, narrow, hidden, ((0,), (0,)))
-    bias = None if grads[1] is None else grads[1] + du.sum(axis=0)
-    return (unembed, bias), (product(head, narrow, head.unembed, ((1,), (0,))).astype(hidden.dtype), stats)
+    return _Carry(
+        unembed=carry.unembed + product(head, narrow, hidden, ((0,), (0,))),
+        bias=None if carry.bias is None else carry.bias + du.sum(axis=0),
+        hidden=carry.hidden.at[t].set(product(head, narrow, head.unembed, ((1,), (0,))).astype(hidden.dtype)),
+        stats=jax.tree.map(lambda whole, part: whole.at[t].set(part), carry.stats, stats),
+    )
 
 
 def _sums(plan: _Plan, z: Float[Array, "N V"], targets: Int[Array, "N"]) -> Sums:

@@ -60,12 +60,13 @@ def token_stats_sharded(
         _check_split(mesh, "token_axes", axes, name, size)
     soft_cap, outputs = check_soft_cap(soft_cap), check_outputs(outputs)
 
-    def local(hidden, unembed, targets, bias, temperature):
+    def local(hidden, unembed, targets, mask, bias, temperature):
         start = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * unembed.shape[0]
         stats = tiled(
             hidden.reshape(-1, hidden.shape[-1]),
             unembed,
             targets.reshape(-1) - start,
+            mask=None if mask is None else mask.reshape(-1),
             bias=bias,
             temperature=temperature,
             soft_cap=soft_cap,
@@ -75,8 +76,8 @@ def token_stats_sharded(
         return jax.tree.map(lambda x: x.reshape(targets.shape), stats)
 
     tokens, vocab = P(*token_axes), P(vocab_axis)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, vocab, tokens, vocab, P()), out_specs=tokens)
-    stats = run(blank(hidden, mask), unembed, targets, bias, check_temperature(temperature))
+    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, vocab, tokens, tokens, vocab, P()), out_specs=tokens)
+    stats = run(blank(hidden, mask), unembed, targets, mask, bias, check_temperature(temperature))
     return silence(stats, mask)
 
 

@@ -1,4 +1,4 @@
-"""Plain XLA, one block of the vocabulary at a time: no [N, V] array, forward or backward.
+"""Plain XLA, a tile of tokens against a block of the vocabulary at a time: no [N, V] array, forward or backward.
 
 Forward, one online pass. State per token: running maximum m, and over the entries seen so far l = sum e,
 t = sum e * (z - m) with e = exp(z - m), and a, the target's logit. A block that raises the maximum to m' rescales by
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.token_stats.compact import kept_first, over_tiles, take
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.ops.token_stats.head import (
     Head,
@@ -44,6 +45,12 @@ from jaxlm.typing import Array, Bool, Float, Int
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 1 << 26}
 """Logits held at once, by platform: what fits the caches, the vector memory, or fills the device."""
+MOST_BLOCK = {"cpu": 1 << 11, "tpu": 1 << 14, "gpu": 1 << 16}
+"""The widest block, by platform: its rows of unembed are held too, on a CPU in the cache."""
+TILE_ROWS = {"cpu": 128, "tpu": 512, "gpu": 1024}
+"""Tokens of a tile at least, where masked ones are skipped, by platform: fewer would starve the products."""
+MOST_TILES = 16
+"""Into how many tiles tokens are cut where masked ones are skipped: what is rounded up is a sixteenth at most."""
 
 
 class _Plan(NamedTuple):
@@ -52,6 +59,7 @@ class _Plan(NamedTuple):
     outputs: tuple[Output, ...]
     soft_cap: float | None
     block: int
+    rows: int
     axis: str | None
 
 
@@ -60,47 +68,83 @@ def tiled(
     unembed: Float[Array, "V D"],
     targets: Int[Array, "N"],
     *,
+    mask: Bool[Array, "N"] | None = None,
     bias: Float[Array, "V"] | None,
     temperature: Float[Array, ""] | None,
     soft_cap: float | None,
     outputs: tuple[Output, ...],
     block: int | None = None,
+    rows: int | None = None,
     axis: str | None = None,
 ) -> TokenStats:
-    """Statistics of N tokens, blockwise over the vocabulary.
+    """Statistics of N tokens, tile by tile.
 
-    block: entries of the vocabulary at once (None: by N and platform). axis: the mesh axis over which the vocabulary is
-    split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets count from its first entry.
-    Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
-    everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
-    the two products that consume it.
+    mask: tokens that are not kept are skipped, and what comes out for them means nothing. block: entries of the
+    vocabulary at once; rows: tokens at once (None: by N, platform and whether there is a mask). axis: the mesh axis
+    over which the vocabulary is split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets
+    count from its first entry. Numerics: operands keep the dtype of hidden (unembed is cast block by block), products
+    accumulate in float32, and everything after is float32 (float64 under x64); the gradient of the logits is rounded to
+    the dtype of hidden for the two products that consume it.
     """
-    block = block or default_block(hidden.shape[0])
-    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), axis)
-    head, targets = _vary_alike((Head(hidden, unembed, bias, temperature), targets))
-    return _stats(plan, head, targets)
+    num_tokens = hidden.shape[0]
+    rows = min(rows or default_rows(num_tokens, masked=mask is not None), max(num_tokens, 1))
+    block = block or default_block(rows)
+    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis)
+    if mask is None:
+        tiles = _in_tiles((hidden, targets), rows)
+        return jax.tree.map(lambda x: x[:num_tokens], _run(plan, tiles, unembed, bias, temperature, None))
+    kept = kept_first(mask)
+    tiles = _in_tiles((take(hidden, kept.order), take(targets, kept.order)), rows)
+    stats = _run(plan, tiles, unembed, bias, temperature, kept.number)
+    return jax.tree.map(lambda x: take(x[:num_tokens], kept.back), stats)
 
 
-def default_block(num_tokens: int) -> int:
-    """Width of a block such that the tile of logits suits the platform: a multiple of 128, from 512 to 16384."""
-    elements = TILE_ELEMENTS.get(jax.default_backend(), 1 << 20)
-    return min(max(elements // max(num_tokens, 1) // 128 * 128, 512), 16384)
+def _run(
+    plan: _Plan, tokens: tuple[Array, Array], unembed: Array, bias: Array | None, temperature: Array | None,
+    count: Array | None,
+) -> TokenStats:  # fmt: skip
+    hidden, targets = tokens
+    head, targets, count = _vary_alike((Head(hidden, unembed, bias, temperature), targets, count))
+    return _stats(plan, head, targets, count)
+
+
+def _in_tiles(tokens: Any, rows: int) -> Any:
+    """Filled up with zeros to whole tiles."""
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, -x.shape[0] % rows)] + [(0, 0)] * (x.ndim - 1)), tokens)
+
+
+def default_block(rows: int) -> int:
+    """Width of a block such that the tile of logits suits the platform: a multiple of 128, 512 at least."""
+    platform = jax.default_backend()
+    elements = TILE_ELEMENTS.get(platform, 1 << 20)
+    return min(max(elements // max(rows, 1) // 128 * 128, 512), MOST_BLOCK.get(platform, 1 << 11))
+
+
+def default_rows(num_tokens: int, *, masked: bool) -> int:
+    """Tokens of a tile: all of them, or, where masked ones are skipped, a sixteenth of them but for the least.
+
+    >>> default_rows(4096, masked=False), default_rows(4096, masked=True)
+    (4096, 256)
+    """
+    if not masked:
+        return num_tokens
+    return max(TILE_ROWS.get(jax.default_backend(), 128), -(-num_tokens // MOST_TILES))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"]) -> TokenStats:
-    return _stats_fwd(plan, head, targets)[0]
+def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, ""] | None) -> TokenStats:
+    return _stats_fwd(plan, head, targets, count)[0]
 
 
-def _stats_fwd(plan: _Plan, head: Head, targets: Int[Array, "N"]) -> tuple[TokenStats, Any]:
+def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> tuple[TokenStats, Any]:
     vocab = head.unembed.shape[0]
-    step = partial(_accumulate, plan, head, targets)
+    step = partial(_accumulate, plan, head, targets, count)
     sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
         sums, known = _join(sums, known, plan.axis)
     stats, log_total, shift = finish(sums, known, plan.outputs)
-    return stats, (head, targets, known, sums.maximum, log_total, shift)
+    return stats, (head, targets, count, known, sums.maximum, log_total, shift)
 
 
 def _empty_sums(plan: _Plan, head: Head) -> Sums:
@@ -113,8 +157,26 @@ def _empty_sums(plan: _Plan, head: Head) -> Sums:
     )
 
 
-def _accumulate(plan: _Plan, head: Head, targets: Array, sums: Sums, start: Array | int, width: int) -> Sums:
-    z = activate(project(head, start, width), head, plan.soft_cap)
+def _accumulate(
+    plan: _Plan, head: Head, targets: Array, count: Array | None, sums: Sums, start: Array | int, width: int
+) -> Sums:
+    """The sums of every token with a block of the vocabulary added."""
+    unembed = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    bias = None if head.bias is None else take_rows(head.bias, start, width)
+
+    def tile(t: Array | int) -> Head:
+        return Head(_rows(head.hidden, plan, t), unembed, bias, head.temperature)
+
+    def add(sums: Sums, block: Head, t: Array | int) -> Sums:
+        found = _more(plan, block, _rows(targets, plan, t) - start, jax.tree.map(lambda x: _rows(x, plan, t), sums))
+        return jax.tree.map(lambda whole, part: _put(whole, part, plan, t), sums, found)
+
+    return over_tiles(tile, add, sums, num_tiles=len(targets) // plan.rows, rows=plan.rows, count=count)
+
+
+def _more(plan: _Plan, head: Head, targets: Array, sums: Sums) -> Sums:
+    """The sums of a tile with its block of the vocabulary added."""
+    z = activate(project(head, 0, head.unembed.shape[0]), head, plan.soft_cap)
     # The results do not depend on the shift, so neither do their derivatives.
     maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, z.max(axis=1)))
     below = z - maximum[:, None]
@@ -126,8 +188,17 @@ def _accumulate(plan: _Plan, head: Head, targets: Array, sums: Sums, start: Arra
         shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(times_log(e, below), axis=1)
     target = sums.target
     if target is not None:
-        target = target + target_logit(z, targets - start)
+        target = target + target_logit(z, targets)
     return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
+
+
+def _rows(x: Array, plan: _Plan, t: Array | int) -> Array:
+    """Those of tile t."""
+    return take_rows(x, t * plan.rows, plan.rows)
+
+
+def _put(whole: Array, part: Array, plan: _Plan, t: Array | int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, t * plan.rows, axis=0)
 
 
 def _join(sums: Sums, known: Bool[Array, "N"], axis: str) -> tuple[Sums, Bool[Array, "N"]]:
@@ -145,8 +216,8 @@ def _join(sums: Sums, known: Bool[Array, "N"], axis: str) -> tuple[Sums, Bool[Ar
     return sums._replace(maximum=maximum, **parts), known
 
 
-def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None]:
-    head, targets, known, maximum, log_total, shift = residuals
+def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None, None]:
+    head, targets, count, known, maximum, log_total, shift = residuals
     zeros = jnp.zeros_like(log_total)
     g = zeros if cotangents.logprob is None else jnp.where(known, cotangents.logprob, 0)
     s = zeros if cotangents.logsumexp is None else cotangents.logsumexp
@@ -157,17 +228,17 @@ def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Hea
         unembed=zero(head.unembed.shape, head.unembed.dtype),
         bias=None if head.bias is None else zero(head.bias.shape, head.bias.dtype),
     )
-    step = partial(_backpropagate, plan, head, targets, row)
+    step = partial(_backpropagate, plan, head, targets, row, count)
     grad = _over_vocabulary(step, carry, head.unembed.shape[0], plan.block)
     temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
-    return Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None
+    return Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None, None
 
 
 _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
 class _Gradient(NamedTuple):
-    """The running gradients; those of unembed and bias are written block by block."""
+    """The running gradients; those of unembed and bias are of the whole vocabulary, or of one block of it."""
 
     hidden: Float[Array, "N D"]
     unembed: Float[Array, "V D"]
@@ -175,16 +246,49 @@ class _Gradient(NamedTuple):
 
 
 def _backpropagate(
-    plan: _Plan, head: Head, targets: Array, row: Row, grad: _Gradient, start: Array | int, width: int
-) -> _Gradient:
-    z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, start, width))
-    (du,) = pull(logit_gradient(row, z, is_target(targets, start, width)))
-    narrow = du.astype(head.hidden.dtype)
-    block = take_rows(head.unembed, start, width).astype(narrow.dtype)
+    plan: _Plan, head: Head, targets: Array, row: Row, count: Array | None, grad: _Gradient, start: Array | int,
+    width: int,
+) -> _Gradient:  # fmt: skip
+    """The gradients with those of a block of the vocabulary: added for hidden, written for unembed and bias."""
+    block = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    bias = None if head.bias is None else take_rows(head.bias, start, width)
+    wide = wide_dtype(head)
+    num_tiles = len(targets) // plan.rows
+
+    def tile(t: Array | int) -> _Gradient:
+        part = Head(_rows(head.hidden, plan, t), block, bias, head.temperature)
+        of = jax.tree.map(lambda x: _rows(x, plan, t), row)
+        return _of_tile(plan, part, _rows(targets, plan, t) - start, of)
+
+    def add(grad: _Gradient, new: _Gradient, t: Array | int) -> _Gradient:
+        if num_tiles == 1:
+            return _Gradient(grad.hidden + new.hidden, new.unembed, new.bias)
+        return _Gradient(
+            hidden=_put(grad.hidden, _rows(grad.hidden, plan, t) + new.hidden, plan, t),
+            unembed=grad.unembed + new.unembed,
+            bias=None if new.bias is None else grad.bias + new.bias,
+        )
+
+    none = partial(_zeros, like=head.hidden)
+    of_block = _Gradient(grad.hidden, none(block.shape, wide), None if bias is None else none(bias.shape, wide))
+    new = over_tiles(tile, add, of_block, num_tiles=num_tiles, rows=plan.rows, count=count)
     return _Gradient(
-        hidden=grad.hidden + product(head, narrow, block, ((1,), (0,))),
-        unembed=_write(grad.unembed, product(head, narrow, head.hidden, ((0,), (0,))), start),
-        bias=None if grad.bias is None else _write(grad.bias, du.sum(axis=0), start),
+        hidden=new.hidden,
+        unembed=_write(grad.unembed, new.unembed, start),
+        bias=None if grad.bias is None else _write(grad.bias, new.bias, start),
+    )
+
+
+def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> _Gradient:
+    """The gradients of a tile of tokens and its block of the vocabulary, in float32."""
+    width = head.unembed.shape[0]
+    z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, width))
+    (du,) = pull(logit_gradient(row, z, is_target(targets, 0, width)))
+    narrow = du.astype(head.hidden.dtype)
+    return _Gradient(
+        hidden=product(head, narrow, head.unembed, ((1,), (0,))),
+        unembed=product(head, narrow, head.hidden, ((0,), (0,))),
+        bias=None if head.bias is None else du.sum(axis=0),
     )
 
 
