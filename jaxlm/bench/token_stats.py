@@ -2,9 +2,14 @@
 
     jaxlm bench token_stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
     jaxlm bench token_stats --dtype bfloat16 --json out.json
+    jaxlm bench token_stats --compile-for v5e:2x2 --tokens 8192 --width 4096 --vocab 131072
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
-products that a candidate needs: 2NDV forward; with gradients 6NDV dense, 8NDV tiled, which computes the logits twice.
+products that a candidate needs: 2NDV forward; with gradients 6NDV dense and one_pass, 8NDV tiled, which computes the
+logits twice; "half" has half the positions masked and half of that.
+
+--compile-for needs no TPU: it compiles `tiled` and `pallas_tpu` for a chip of the named slice, in bfloat16, and shows
+the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in jaxlm/ops/token_stats/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.bench import ahead
 from jaxlm.bench.interleave import interleave, medians
-from jaxlm.ops.token_stats import token_stats
+from jaxlm.ops.token_stats import one_pass_nll, token_stats
 from jaxlm.typing import Array, Float, Int
 
 LogProb = Callable[[Array, Array, Array], Any]
@@ -84,13 +90,29 @@ def _ours(implementation: str, outputs: tuple, hidden: Array, unembed: Array, ta
     return stats.logprob if outputs == ("logprob",) else (stats.logprob, stats.entropy)
 
 
+def _half(hidden: Array, unembed: Array, targets: Array) -> Any:
+    mask = jnp.arange(len(targets)) % 2 == 0
+    return token_stats(hidden, unembed, targets, mask=mask, outputs=("logprob",)).logprob
+
+
+def _one_pass(hidden: Array, unembed: Array, targets: Array) -> Any:
+    total, stats = one_pass_nll(hidden, unembed, targets, outputs=("logprob",))
+    return stats.logprob, total
+
+
 CANDIDATES: dict[str, LogProb] = {
     BASELINE: log_softmax,
     "optax": optax_loss,
     "dense": partial(_ours, "dense", ("logprob",)),
     "tiled": partial(_ours, "tiled", ("logprob",)),
     "tiled+entropy": partial(_ours, "tiled", ("logprob", "entropy")),
+    "tiled half": _half,
+    "one_pass": _one_pass,
 }
+PRODUCTS: dict[str, dict[str, float]] = {
+    "forward": {"tiled half": 0.5}, "forward+backward": {"tiled": 4, "tiled+entropy": 4, "tiled half": 2},
+}  # fmt: skip
+"""Products of N D V each, 2 FLOP an entry, where they are not 1 forward and 3 with gradients."""
 
 
 def with_gradients(candidate: LogProb) -> LogProb:
@@ -126,7 +148,7 @@ def measure(problem: Problem, direction: str, *, rounds: int, truth: Float[np.nd
     lines = []
     for name, f in compiled.items():
         logprob = jax.tree.leaves(f(*problem))[0]
-        products = 1 if not gradients else 4 if name.startswith("tiled") else 3
+        products = PRODUCTS[direction].get(name, 3 if gradients else 1)
         lines.append(
             Measurement(
                 direction=direction,
@@ -136,10 +158,15 @@ def measure(problem: Problem, direction: str, *, rounds: int, truth: Float[np.nd
                 gflop_per_s=2e-9 * products * tokens * width * vocab / times[name],
                 temp_bytes=temps[name],
                 temp_ratio=temps[name] / temps[BASELINE],
-                max_error=float(np.abs(np.asarray(logprob[: len(truth)], np.float64) - truth).max()),
+                max_error=_error(np.asarray(logprob[: len(truth)], np.float64), truth, masked=name == "tiled half"),
             )
         )
     return lines
+
+
+def _error(logprob: Float[np.ndarray, "R"], truth: Float[np.ndarray, "R"], *, masked: bool) -> float:
+    kept = slice(None, None, 2) if masked else slice(None)
+    return float(np.abs(logprob - truth)[kept].max())
 
 
 def table(lines: list[Measurement]) -> str:
@@ -168,11 +195,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=65536, help="V (default %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the hidden states")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median counts (default %(default)s)")
+    parser.add_argument("--compile-for", metavar="TOPOLOGY", help="a TPU slice to compile for instead, as v5e:2x2")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the measurements to this file")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the JSON."""
+    """Measures or compiles, prints the table, writes the JSON."""
+    if args.compile_for:
+        return _compile_for(args)
     size = {"num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
     lines = run(**size, rounds=args.rounds)
     device = jax.devices()[0]
@@ -181,4 +211,15 @@ def main(args: argparse.Namespace) -> int:
     print(table(lines))
     if args.json:
         args.json.write_text(json.dumps(where | size | {"measurements": [m._asdict() for m in lines]}, indent=1))
+    return 0
+
+
+def _compile_for(args: argparse.Namespace) -> int:
+    size = {"num_tokens": args.tokens, "width": args.width, "vocab": args.vocab}
+    lines = list(ahead.compile_for(args.compile_for, **size))
+    where = {"jax": jax.__version__, "topology": args.compile_for, **size}
+    print(" ".join(f"{key}={value}" for key, value in where.items()))
+    print(ahead.table(lines))
+    if args.json:
+        args.json.write_text(json.dumps(where | {"programs": [x._asdict() for x in lines]}, indent=1))
     return 0

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from jaxlm.ops import token_stats as token_stats_eager
-from jaxlm.ops.token_stats import IMPLEMENTATIONS, _best, token_stats_from_logits
+from jaxlm.ops.token_stats import _best, token_stats_from_logits
 from jaxlm.ops.token_stats.tiled import default_block, tiled
 
 ALL = ("logprob", "entropy", "logsumexp")
 token_stats = jax.jit(token_stats_eager, static_argnames=("soft_cap", "outputs", "implementation"))
-implementations = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+XLA = ("dense", "tiled")
+implementations = pytest.mark.parametrize("implementation", XLA)
 
 
 def problem(n, d, v, *, seed=0, dtype=np.float32):

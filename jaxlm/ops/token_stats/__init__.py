@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats.contract import (
     Implementation,
     Output,
@@ -36,7 +37,11 @@ __all__ = [
     "token_stats_sharded",
 ]
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {"dense": dense, "tiled": tiled}
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "dense": dense,
+    "tiled": tiled,
+    "pallas_tpu": partial(tiled, kernel=True),
+}
 """Every implementation by name; all give the same numbers."""
 
 
@@ -60,7 +65,8 @@ def token_stats(
     hidden: [..., D], any float dtype; the products run in it. unembed: [V, D] (rounded to the dtype of hidden, block by
     block). targets: [...] integers in [0, V). mask: [...] boolean, True keeps (None: all). bias: [V]; -inf forbids an
     entry. temperature: a scalar above 0. soft_cap: a number above 0, or None. outputs: any of "logprob", "entropy",
-    "logsumexp". implementation: "tiled", "dense", or None for the best one on this platform.
+    "logsumexp". implementation: "tiled", "dense", "pallas_tpu" (a kernel for the forward pass on TPUs, interpreted
+    elsewhere; no bias, no float64), or None for the best one on this platform.
 
     Result: `TokenStats(logprob, entropy, logsumexp)`, each [...] in nats, float32; None where not asked for, and free.
     logprob <= 0 and entropy >= 0 exactly. Differentiable in hidden, unembed and bias through all three outputs, not in
@@ -70,7 +76,8 @@ def token_stats(
     the gradient of a float32 unembed is accumulated and returned in float32 even when hidden is bfloat16. A masked
     position gives exactly 0 and a zero gradient whatever stands there, NaN included; a target outside [0, V) that is
     not masked gives logprob -inf. `tiled` recomputes the logits in the backward pass and supports reverse mode to any
-    order; forward mode (jvp, jacfwd) needs `dense`.
+    order, `pallas_tpu` to the first; forward mode (jvp, jacfwd) needs `dense`. Those two skip masked tokens: they cost
+    what the kept ones do. That moves tokens, so on a mesh use `token_stats_sharded`, which does it on each device.
 
     Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, Algorithm 3; the fusion with the unembedding,
     Wijmans et al. 2024, arXiv:2411.09009. The entropy's accumulator is shifted by the running maximum, which theirs
@@ -129,15 +136,15 @@ def token_stats_from_logits(
 
 def _implementation(name: str | None) -> Implementation:
     if name is None:
-        name = _best(jax.default_backend())
+        name = _best(platform())
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, or None, found {name!r}")
     return IMPLEMENTATIONS[name]
 
 
 @cache
-def _best(platform: str) -> str:
+def _best(platform_name: str) -> str:
     """The implementation for a platform, logged the first time it is chosen."""
     name = "tiled"
-    logging.getLogger(__name__).info("token_stats on %s: implementation %r", platform, name)
+    logging.getLogger(__name__).info("token_stats on %s: implementation %r", platform_name, name)
     return name

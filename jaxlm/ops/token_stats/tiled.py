@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats.compact import kept_first, over_tiles, take
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.ops.token_stats.head import (
@@ -61,6 +62,7 @@ class _Plan(NamedTuple):
     block: int
     rows: int
     axis: str | None
+    kernel: bool
 
 
 def tiled(
@@ -76,20 +78,23 @@ def tiled(
     block: int | None = None,
     rows: int | None = None,
     axis: str | None = None,
+    kernel: bool = False,
 ) -> TokenStats:
     """Statistics of N tokens, tile by tile.
 
     mask: tokens that are not kept are skipped, and what comes out for them means nothing. block: entries of the
     vocabulary at once; rows: tokens at once (None: by N, platform and whether there is a mask). axis: the mesh axis
     over which the vocabulary is split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets
-    count from its first entry. Numerics: operands keep the dtype of hidden (unembed is cast block by block), products
-    accumulate in float32, and everything after is float32 (float64 under x64); the gradient of the logits is rounded to
-    the dtype of hidden for the two products that consume it.
+    count from its first entry. kernel: the forward pass is that of `jaxlm.ops.token_stats.pallas_tpu`.
+
+    Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
+    everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
+    the two products that consume it.
     """
     num_tokens = hidden.shape[0]
     rows = min(rows or default_rows(num_tokens, masked=mask is not None), max(num_tokens, 1))
     block = block or default_block(rows)
-    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis)
+    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis, kernel)
     if mask is None:
         tiles = _in_tiles((hidden, targets), rows)
         return jax.tree.map(lambda x: x[:num_tokens], _run(plan, tiles, unembed, bias, temperature, None))
@@ -115,9 +120,8 @@ def _in_tiles(tokens: Any, rows: int) -> Any:
 
 def default_block(rows: int) -> int:
     """Width of a block such that the tile of logits suits the platform: a multiple of 128, 512 at least."""
-    platform = jax.default_backend()
-    elements = TILE_ELEMENTS.get(platform, 1 << 20)
-    return min(max(elements // max(rows, 1) // 128 * 128, 512), MOST_BLOCK.get(platform, 1 << 11))
+    elements = TILE_ELEMENTS.get(platform(), 1 << 20)
+    return min(max(elements // max(rows, 1) // 128 * 128, 512), MOST_BLOCK.get(platform(), 1 << 11))
 
 
 def default_rows(num_tokens: int, *, masked: bool) -> int:
@@ -128,7 +132,7 @@ def default_rows(num_tokens: int, *, masked: bool) -> int:
     """
     if not masked:
         return num_tokens
-    return max(TILE_ROWS.get(jax.default_backend(), 128), -(-num_tokens // MOST_TILES))
+    return max(TILE_ROWS.get(platform(), 128), -(-num_tokens // MOST_TILES))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,8 +142,13 @@ def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, 
 
 def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> tuple[TokenStats, Any]:
     vocab = head.unembed.shape[0]
-    step = partial(_accumulate, plan, head, targets, count)
-    sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
+    if plan.kernel:
+        from jaxlm.ops.token_stats import pallas_tpu  # importing it costs more than all else of this package
+
+        sums = pallas_tpu.sums(head, targets, count, soft_cap=plan.soft_cap, entropy="entropy" in plan.outputs)
+    else:
+        step = partial(_accumulate, plan, head, targets, count)
+        sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
         sums, known = _join(sums, known, plan.axis)

@@ -1,0 +1,97 @@
+"""token_stats compiled for a TPU on a machine without one: that it compiles, and the temporary memory that it takes.
+
+No time is given: the compiler's cost model counts the body of a loop once, and what it says of one block is of no use
+(for gradients of 8192 x 4096 x 131072 on v5e it is negative).
+
+Needs libtpu (pip install 'jaxlm[tpu]'). Run it in a process of its own, with JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1
+in its environment: libtpu looks for a TPU as soon as it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxlm.ops.platform import compiling_for
+from jaxlm.ops.token_stats import token_stats
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+
+
+class Compiled(NamedTuple):
+    """A program: temp_bytes beside arguments and results; kernel: it calls one; logits: it has an array of
+    [tokens, vocabulary]."""
+
+    implementation: str
+    masked: bool
+    direction: str
+    temp_bytes: int
+    kernel: bool
+    logits: bool
+
+
+def devices(topology: str) -> Any:
+    """The devices of a TPU topology such as "v5e:2x2"; ValueError if libtpu is missing or does not know it."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("compiling for a TPU needs libtpu: pip install 'jaxlm[tpu]'")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        return topologies.get_topology_desc(topology, "tpu").devices
+    except Exception as error:  # of libtpu's own kinds
+        raise ValueError(f"topology {topology!r}: expected one such as v5e:2x2, v5p:2x2x1, v6e:2x2; {error}") from error
+
+
+def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
+    """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
+    device = devices(topology)[0]
+    for implementation in ("tiled", "pallas_tpu"):
+        for masked in (False, True):
+            for direction in ("forward", "gradients"):
+                program = _program(implementation, direction, masked=masked)
+                compiled = _compile(program, device, num_tokens, width, vocab)
+                text = compiled.as_text()
+                yield Compiled(
+                    implementation, masked, direction, compiled.memory_analysis().temp_size_in_bytes,
+                    "tpu_custom_call" in text, f"[{num_tokens},{vocab}]" in text or f"[{vocab},{num_tokens}]" in text,
+                )  # fmt: skip
+
+
+def _program(implementation: str, direction: str, *, masked: bool) -> Callable[..., Any]:
+    def forward(hidden: Any, unembed: Any, targets: Any, mask: Any) -> Any:
+        stats = token_stats(hidden, unembed, targets, mask=mask if masked else None, implementation=implementation)
+        return stats.logprob, stats.entropy
+
+    def gradients(hidden: Any, unembed: Any, targets: Any, mask: Any) -> Any:
+        def total(hidden: Any, unembed: Any) -> Any:
+            return sum(jnp.sum(x) for x in forward(hidden, unembed, targets, mask))
+
+        return jax.grad(total, (0, 1))(hidden, unembed)
+
+    return forward if direction == "forward" else gradients
+
+
+def _compile(program: Callable[..., Any], device: Any, num_tokens: int, width: int, vocab: int) -> Any:
+    shapes = [((num_tokens, width), jnp.bfloat16), ((vocab, width), jnp.bfloat16), ((num_tokens,), jnp.int32)]
+    place = SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(*x, sharding=place) for x in (*shapes, ((num_tokens,), jnp.bool_))]
+    with compiling_for("tpu"):
+        return jax.jit(program).lower(*arguments).compile()
+
+
+def table(lines: list[Compiled]) -> str:
+    """The programs as a person reads them."""
+    head = f"{'':12}{'':10}{'':8}{'temp MiB':>10}  logits held"
+    rows = [
+        f"{x.implementation:12}{x.direction:10}{'masked' if x.masked else '':8}{x.temp_bytes / 2**20:10.1f}"
+        f"  {'yes' if x.logits else 'no'}"
+        for x in lines
+    ]
+    return "\n".join([head, *rows])
