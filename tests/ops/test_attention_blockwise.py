@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.ops import attention as dispatch
 from jaxlm.ops.attention import attention, blockwise
+from jaxlm.ops.platform import compiling_for
 
 B, T, N, K, H = 2, 32, 4, 2, 8
 BLOCK = 8
@@ -15,7 +16,8 @@ PACKED = jnp.array([[1] * 5 + [2] * 14 + [3] * 9 + [0] * 4, [0] * T])
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", BLOCK)
+    monkeypatch.setattr(blockwise, "BLOCK", {"cpu": BLOCK})
+    monkeypatch.setattr(blockwise, "LEAST", BLOCK)
 
 
 def inputs(length=T, dtype=jnp.float32):
@@ -93,8 +95,8 @@ def test_rows_without_any_key_are_zero_with_zero_gradients():
     ids=["causal", "window"],
 )
 def test_only_tiles_with_something_to_see_are_visited(segments, window, want):
-    where = blockwise._Where(blockwise._blocks(positions()), segments)
-    start, stop = blockwise._bounds(blockwise._Plan(1.0, window, None), where, where)
+    where = blockwise._Where(blockwise._blocks(positions(), BLOCK), segments)
+    start, stop = blockwise._bounds(blockwise._Plan(1.0, window, None, BLOCK), where, where)
     assert list(zip(start.tolist(), stop.tolist())) == want
 
 
@@ -113,6 +115,21 @@ def test_no_square_of_the_length_is_held():
 def test_dispatch_takes_it_for_whole_blocks_on_cpu():
     assert dispatch._best(T, 2 * T) == "blockwise"
     assert dispatch._best(1, T) == dispatch._best(T + 1, T + 1) == "reference"
+
+
+def test_on_accelerators_it_is_taken_where_all_logits_would_be_too_many(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOGITS_AT_ONCE", T * T)
+    for name in ("tpu", "gpu"):
+        with compiling_for(name):
+            assert dispatch._best(T, T) == "reference" and dispatch._best(2 * T, T) == "blockwise"
+            assert dispatch._best(1, 8 * T * T) == "reference"
+
+
+def test_the_block_is_the_platforms_as_far_as_it_divides_the_lengths(monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK", {"cpu": 128, "tpu": 512})
+    assert blockwise.block_size(1024, 384) == 128
+    with compiling_for("tpu"):
+        assert blockwise.block_size(1024, 2048) == 512 and blockwise.block_size(1024, 384) == 128
 
 
 def test_ragged_lengths_are_refused():

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
-import jax
-
 from jaxlm.ops.attention import blockwise, reference
+from jaxlm.ops.platform import platform
 from jaxlm.typing import Array, Float, Int
 
 Implementation = Literal["reference", "blockwise"]
@@ -16,6 +15,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.attention,
     "blockwise": blockwise.attention,
 }
+
+LOGITS_AT_ONCE = 2048 * 2048
+"""Of a row and head, on accelerators: 16 MiB in float32, 0.5 GiB a row with 32 heads."""
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -40,7 +42,7 @@ def attention(
     out = softmax(cap * tanh(scale * q k^T / cap)) v, over keys at or before the query, in its segment, in its window
     (see `jaxlm.ops.masks.attention_mask`); without soft_cap the logits are scale * q k^T. N must be a multiple of K:
     query head n reads key/value head n // (N / K). implementation: "reference" (all logits at once; forward mode too),
-    "blockwise" (tiles; lengths in whole blocks), or None for the best on this platform (logged once).
+    "blockwise" (tiles, memory linear in the length; multiples of 128), or None for the best here (logged once).
     A query that may see no key gives 0. Logits and softmax are float32; the result has v's dtype.
     """
     if q.shape[2] % k.shape[2]:
@@ -58,5 +60,8 @@ def attention(
 
 
 def _best(num_queries: int, num_keys: int) -> str:
-    """Tiles on CPUs, where they are both faster and smaller, as far as the lengths allow."""
-    return "blockwise" if jax.default_backend() == "cpu" and blockwise.fits(num_queries, num_keys) else "reference"
+    """Tiles as far as the lengths allow: on CPUs always, where they are both faster and smaller, and elsewhere where
+    all logits at once would be more than memory can be spent on."""
+    if not blockwise.fits(num_queries, num_keys):
+        return "reference"
+    return "blockwise" if platform() == "cpu" or num_queries * num_keys > LOGITS_AT_ONCE else "reference"

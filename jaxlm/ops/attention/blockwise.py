@@ -12,6 +12,7 @@ axis of its first operand, which is where CPU libraries are slow.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,18 +20,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.masks import attention_mask
+from jaxlm.ops.platform import platform
 from jaxlm.typing import Array, Bool, Float, Int
 
-BLOCK = 128
-"""Queries and keys in a tile: its float32 logits, over a few rows and heads, stay in a CPU's cache."""
+BLOCK = {"cpu": 128, "tpu": 512, "gpu": 512}
+"""Queries and keys in a tile, by platform: its float32 logits, over a few rows and heads, stay in a CPU's cache; on an
+accelerator a tile must be work enough for all of it."""
+
+
+LEAST = 128
+"""The smallest tile of any platform."""
 
 
 class _Plan(NamedTuple):
-    """What is fixed at trace time."""
+    """What is fixed at trace time. block: queries and keys in a tile."""
 
     scale: float
     window: int | None
     soft_cap: float | None
+    block: int
 
 
 class _Where(NamedTuple):
@@ -53,7 +61,7 @@ def attention(
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """See `jaxlm.ops.attention.attention`. T and S must be multiples of BLOCK; differentiable in reverse mode only.
+    """See `jaxlm.ops.attention.attention`. T and S must be multiples of 128; differentiable in reverse mode only.
 
     Numerics: products take the dtype of q and accumulate in float32; softmax, and the sums over tiles, are float32.
 
@@ -61,20 +69,24 @@ def attention(
     """
     if not fits(q.shape[1], k.shape[1]):
         raise ValueError(
-            f"blockwise attention needs multiples of {BLOCK} queries and keys, found {q.shape[1]} and {k.shape[1]}: "
+            f"blockwise attention needs multiples of {LEAST} queries and keys, found {q.shape[1]} and {k.shape[1]}: "
             "pad the rows, or take implementation='reference'"
         )
-    queries = _Where(_blocks(q_positions), None if q_segments is None else _blocks(q_segments))
-    keys = _Where(_blocks(k_positions), None if k_segments is None else _blocks(k_segments))
-    operands = (*(_cut(x, kv_heads=k.shape[2]) for x in (q, k, v)), queries, keys)
+    block = block_size(q.shape[1], k.shape[1])
+    plan = _Plan(scale, window, soft_cap, block)
+    queries, keys = (
+        _Where(_blocks(positions, block), None if segments is None else _blocks(segments, block))
+        for positions, segments in ((q_positions, q_segments), (k_positions, k_segments))
+    )
+    operands = (*(_cut(x, block, kv_heads=k.shape[2]) for x in (q, k, v)), queries, keys)
     parts = [jax.tree.map(lambda x, rows=rows: x[:, rows], operands) for rows in _rows_together(q.shape[0])]
-    return _join(jnp.concatenate([_attend(_Plan(scale, window, soft_cap), *part) for part in parts], axis=1), q.shape)
+    return _join(jnp.concatenate([_attend(plan, *part) for part in parts], axis=1), q.shape, block)
 
 
 def _rows_together(batch: int) -> list[slice]:
     """The rows of one loop: all, or on one CPU half of them, since XLA runs a batched product there on one core, and
     two loops that do not depend on each other on two."""
-    if jax.device_count() > 1 or jax.default_backend() != "cpu" or batch % 2:
+    if jax.device_count() > 1 or platform() != "cpu" or batch % 2:
         return [slice(None)]
     return [slice(0, batch // 2), slice(batch // 2, None)]
 
@@ -85,23 +97,28 @@ def fits(num_queries: int, num_keys: int) -> bool:
     >>> fits(512, 128), fits(1, 512)
     (True, False)
     """
-    return num_queries % BLOCK == 0 and num_keys % BLOCK == 0
+    return num_queries % LEAST == 0 and num_keys % LEAST == 0
 
 
-def _blocks(x: Int[Array, "B T"]) -> Int[Array, "J B C"]:
-    return x.reshape(x.shape[0], -1, BLOCK).swapaxes(0, 1)
+def block_size(num_queries: int, num_keys: int) -> int:
+    """The platform's size, halved until it divides both lengths."""
+    return math.gcd(BLOCK.get(platform(), LEAST), num_queries, num_keys)
 
 
-def _cut(x: Float[Array, "B T N H"], *, kv_heads: int) -> Float[Array, "J B K M H"]:
-    """Blocks first; the query heads that share a key head stand below each other, M = N / K * BLOCK."""
+def _blocks(x: Int[Array, "B T"], block: int) -> Int[Array, "J B C"]:
+    return x.reshape(x.shape[0], -1, block).swapaxes(0, 1)
+
+
+def _cut(x: Float[Array, "B T N H"], block: int, *, kv_heads: int) -> Float[Array, "J B K M H"]:
+    """Blocks first; the query heads that share a key head stand below each other, M = N / K * block."""
     batch, _, heads, dim = x.shape
-    x = x.reshape(batch, -1, BLOCK, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
+    x = x.reshape(batch, -1, block, kv_heads, heads // kv_heads, dim).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(*x.shape[:3], -1, dim)
 
 
-def _join(x: Float[Array, "J B K M H"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
+def _join(x: Float[Array, "J B K M H"], shape: tuple[int, ...], block: int) -> Float[Array, "B T N H"]:
     """The inverse of `_cut`."""
-    x = x.reshape(*x.shape[:3], -1, BLOCK, x.shape[-1])
+    x = x.reshape(*x.shape[:3], -1, block, x.shape[-1])
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(shape)
 
 
@@ -194,7 +211,7 @@ def _mask(plan: _Plan, queries: _Where, keys: _Where) -> Bool[Array, "B C C"]:
 
 def _visible(plan: _Plan, queries: _Where, keys: _Where, rows: int) -> Bool[Array, "B 1 M C"]:
     """The mask of a tile, repeated for each query head that shares a key head."""
-    return jnp.tile(_mask(plan, queries, keys), (1, rows // BLOCK, 1))[:, None]
+    return jnp.tile(_mask(plan, queries, keys), (1, rows // plan.block, 1))[:, None]
 
 
 def _logits(plan: _Plan, u: Array) -> Array:
