@@ -3,26 +3,21 @@
 No time is given: the compiler's cost model counts the body of a loop once, and what it says of one block is of no use
 (for gradients of 8192 x 4096 x 131072 on v5e it is negative).
 
-Needs libtpu (pip install 'jaxlm[tpu]'). Run it in a process of its own, with JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1
-in its environment: libtpu looks for a TPU as soon as it is loaded.
+Needs libtpu (pip install 'jaxlm[tpu]').
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm.ops.platform import compiling_for
 from jaxlm.ops.token_stats import token_stats
-
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+from jaxlm.sharding.topology import tpu_devices
 
 
 class Compiled(NamedTuple):
@@ -37,21 +32,9 @@ class Compiled(NamedTuple):
     logits: bool
 
 
-def devices(topology: str) -> Any:
-    """The devices of a TPU topology such as "v5e:2x2"; ValueError if libtpu is missing or does not know it."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for a TPU needs libtpu: pip install 'jaxlm[tpu]'")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        return topologies.get_topology_desc(topology, "tpu").devices
-    except Exception as error:  # of libtpu's own kinds
-        raise ValueError(f"topology {topology!r}: expected one such as v5e:2x2, v5p:2x2x1, v6e:2x2; {error}") from error
-
-
 def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
     """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
-    device = devices(topology)[0]
+    device = tpu_devices(topology)[0]
     for implementation in ("tiled", "pallas_tpu"):
         for masked in (False, True):
             for direction in ("forward", "gradients"):

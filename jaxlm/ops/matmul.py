@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.platform import platform
 from jaxlm.typing import Array, Float
 
 
@@ -26,7 +27,7 @@ def matmul(x: Float[Array, "*rows D"], kernel: Float[Array, "D F"]) -> Float[Arr
 
 def _on_one_cpu() -> bool:
     # Split over simulated devices, the pieces of `transposed` would travel between them.
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return platform() == "cpu" and jax.device_count() == 1
 
 
 @jax.custom_vjp

@@ -33,9 +33,10 @@ def parameter_table(spec: Spec, shardings: Any = None, *, dtype: Any = jnp.float
         size = math.prod(param.shape) * itemsize
         local = size if sharding is None else math.prod(sharding.shard_shape(param.shape)) * itemsize
         axes = "-" if sharding is None or not any(sharding.spec) else ", ".join(map(_axis, sharding.spec))
-        rows.append((path, " x ".join(map(str, param.shape)), jnp.dtype(dtype).name, axes, _bytes(size), _bytes(local)))
+        sizes = bytes_text(size), bytes_text(local)
+        rows.append((path, " x ".join(map(str, param.shape)), jnp.dtype(dtype).name, axes, *sizes))
         total, total_local = total + size, total_local + local
-    rows.append(("total", f"{count(spec):,}", "", "", _bytes(total), _bytes(total_local)))
+    rows.append(("total", f"{count(spec):,}", "", "", bytes_text(total), bytes_text(total_local)))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join(
         "  ".join(
@@ -67,7 +68,12 @@ def _axis(axis: Any) -> str:
     return "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis)
 
 
-def _bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
+    """A size with its unit.
+
+    >>> bytes_text(3 << 20)
+    '3.0 MiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             return f"{n} B" if unit == "B" else f"{n:.1f} {unit}"

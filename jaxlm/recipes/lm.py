@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 from jaxlm.data import pipeline
 from jaxlm.data.config import DataConfig
@@ -33,6 +34,7 @@ from jaxlm.recipes.wiring import (
     train_parameters,
 )
 from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.sharding.place import make_constrain
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import make_evaluate
 from jaxlm.train.loop import Result
@@ -40,6 +42,7 @@ from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.plot import plot_run
 from jaxlm.train.step import make_eval_step
+from jaxlm.typing import LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,7 @@ def run(cfg: Config) -> Result:
     s = set_up(cfg)
     spec = decoder.spec(s.model)
     show_start(spec, s)
-    nll = make_hidden_nll(make_apply(s.model, s.constrain), partial(decoder.head, cfg=s.model), mesh=s.mesh)
-    loss_fn = make_next_token_loss(nll, z_loss=cfg.train.z_loss)
+    loss_fn = make_loss(cfg, s.model, s.mesh)
     heldout = heldout_batches(cfg.data, s.data)
     result = train_parameters(
         cfg,
@@ -91,6 +93,14 @@ def run(cfg: Config) -> Result:
         _report(cfg, result)
     say_continuations(cfg.sample_prompts, cfg.sampling, averaged(result.state), s)
     return result
+
+
+def make_loss(cfg: Config, model: DecoderConfig, mesh: Mesh) -> LossFn:
+    """Next-token prediction by the model on the mesh."""
+    apply = make_apply(model, make_constrain(mesh))
+    return make_next_token_loss(
+        make_hidden_nll(apply, partial(decoder.head, cfg=model), mesh=mesh), z_loss=cfg.train.z_loss
+    )
 
 
 def _report(cfg: Config, result: Result) -> None:

@@ -28,6 +28,7 @@ from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_batch
 from jaxlm.sharding.rules import param_shardings
 from jaxlm.train import flops
+from jaxlm.train.chips import peak_flops
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.loop import Result, train
@@ -125,6 +126,31 @@ class TrainData(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class Step(NamedTuple):
+    """What the loop runs, and the state that it runs on: its shapes and where they lie."""
+
+    run: Callable[[Any, Batch], Any]
+    abstract: TrainState
+    optimizer: Any
+    ema: bool
+
+
+def make_step(
+    cfg: TrainConfigs, spec: specs.Spec, loss_fn: LossFn, *, mesh: Mesh, row_keys: bool,
+    move_frozen: Callable[[Array, Params, Params], Params] | None = None,
+) -> Step:  # fmt: skip
+    """The optimizer of a config, and the step that it makes of a loss; arguments as in `train_parameters`."""
+    optimizer, schedule = make_optimizer(
+        cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
+    )
+    run = make_train_step(
+        loss_fn, optimizer, seed=cfg.train.seed, schedule=schedule, num_microbatches=cfg.train.num_microbatches,
+        ema_decay=cfg.train.ema_decay, dropout=row_keys, move_frozen=move_frozen,
+    )  # fmt: skip
+    ema = cfg.train.ema_decay is not None
+    return Step(run, abstract_state(spec, optimizer, mesh=mesh, ema=ema), optimizer, ema)
+
+
 def train_parameters(
     cfg: TrainConfigs,
     spec: specs.Spec,
@@ -148,17 +174,14 @@ def train_parameters(
     masked words). frozen: what the loss reads beside them and no checkpoint holds. moving: makes such parameters for
     the state of step 0, where `move_frozen` lets them follow (see `make_train_step`); those are in the checkpoints.
     """
-    optimizer, schedule = make_optimizer(
-        cfg.optim, num_steps=cfg.train.num_steps, decay_mask=specs.decay_mask(spec), spec=spec
-    )
-    ema = cfg.train.ema_decay is not None
+    step = make_step(cfg, spec, loss_fn, mesh=mesh, row_keys=row_keys, move_frozen=move_frozen)
 
     def first_state() -> TrainState:
         key = jax.random.key(cfg.train.seed)
-        state = init_state(key, spec, optimizer, mesh=mesh, ema=ema, params=initial())
+        state = init_state(key, spec, step.optimizer, mesh=mesh, ema=step.ema, params=initial())
         return state if moving is None else state.replace(frozen=moving())  # type: ignore[attr-defined]
 
-    abstract = abstract_state(spec, optimizer, mesh=mesh, ema=ema)
+    abstract = step.abstract
     if moving is not None:
         abstract = abstract.replace(frozen=abstract.params)  # type: ignore[attr-defined]
     return train(
@@ -166,16 +189,7 @@ def train_parameters(
         run_dir=cfg.run_dir,
         init_state=first_state,
         abstract_state=abstract,
-        train_step=make_train_step(
-            loss_fn,
-            optimizer,
-            seed=cfg.train.seed,
-            schedule=schedule,
-            num_microbatches=cfg.train.num_microbatches,
-            ema_decay=cfg.train.ema_decay,
-            dropout=row_keys,
-            move_frozen=move_frozen,
-        ),
+        train_step=step.run,
         batches=partial(data.train.batches, num_threads=cfg.data.num_threads),
         place=place,
         evaluate=evaluate,
@@ -247,7 +261,7 @@ def throughput(cfg: DataConfig, model: DecoderConfig, spec: specs.Spec, mesh: ja
         num_heads=model.num_heads,
         head_dim=model.head_dim,
     )
-    peak = flops.peak_flops()
+    peak = peak_flops()
     return Throughput(cfg.batch_size * cfg.sequence_length, per_token, None if peak is None else peak * mesh.size)
 
 

@@ -118,5 +118,10 @@ def compile_ahead(train_step: TrainStep, state: Any, batch: Batch) -> TrainStep:
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # which the ahead-of-time calls below would not heed
         return train_step
+    return lower_ahead(train_step, state, batch).compile()
+
+
+def lower_ahead(train_step: TrainStep, state: Any, batch: Batch) -> Any:
+    """The step lowered for arrays, or for `jax.ShapeDtypeStruct` with shardings of devices that are not here."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.losses.lm import next_token_nll
 from jaxlm.losses.lm import z_loss as z_penalty
 from jaxlm.ops.masked import masked_sum
+from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats import (
     TokenStats,
     one_pass_nll,
@@ -89,7 +89,7 @@ def make_hidden_nll(apply: Apply, head: Head, *, mesh: Mesh | None = None) -> Nl
 
     On one CPU its gradient is made in the forward pass (`one_pass_nll`); elsewhere it is the sum of the scores.
     """
-    if jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1):
+    if platform() != "cpu" or (mesh is not None and mesh.size > 1):
         return _summed(make_hidden_scorer(apply, head, mesh=mesh))
 
     def nll(params: Params, batch: Batch, key: Array | None, z_weight: float) -> tuple[Array, TokenStats]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.bench.ahead import ENVIRONMENT
 from jaxlm.ops.token_stats import pallas_tpu, token_stats
 from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.pallas_tpu import Blocks, default_blocks
+from jaxlm.sharding.topology import ENVIRONMENT
 
 ALL = ("logprob", "entropy", "logsumexp")
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxlm.models.spec import Param, decay_mask, init, normal, ones
-from jaxlm.train import flops
+from jaxlm.train import chips, flops
 from jaxlm.train.objectives import make_logits_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer, make_schedule, muon_dimensions
 from jaxlm.train.state import new_state
@@ -184,4 +184,4 @@ def test_flops_by_hand_and_peaks():
     assert flops.matmul_parameters(SPEC) == 2 * 64 + 16 * 8
     got = flops.flops_per_token(SPEC, sequence_length=10, num_layers=2, num_heads=3, head_dim=4)
     assert got == 6 * (2 * 64 + 16 * 8) + 6 * 2 * 3 * 4 * 10
-    assert flops.peak_flops(jax.devices()[0]) is None
+    assert chips.peak_flops(jax.devices()[0]) is None

@@ -1,0 +1,228 @@
+"""Examples:
+
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5p:4x4x8
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v6e:16x16 --config.mesh.fsdp=256 --json plan.json
+
+Compiles the training step of a config for a TPU slice on this machine, without one, and says whether it fits and what
+bounds it: memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and
+network need. Nothing is read but the config: no data, no weights. Needs libtpu: pip install 'jaxlm[tpu]'.
+
+Topologies: v4:4x4x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x4, ... The mesh of the config must have as many devices.
+Recipes: lm. Times are bounds, from the peaks of the chip (jaxlm/train/chips.py): each is what the step would take if
+nothing else took any, so their largest bounds the MFU from above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.data.batch import FIELDS
+from jaxlm.models import decoder
+from jaxlm.ops.platform import compiling_for
+from jaxlm.recipes import lm
+from jaxlm.recipes.describe import bytes_text
+from jaxlm.recipes.train import load_recipe
+from jaxlm.recipes.wiring import make_step
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.sharding.place import check_batch
+from jaxlm.sharding.rules import batch_parts, batch_sharding
+from jaxlm.sharding.topology import tpu_devices
+from jaxlm.train import flops
+from jaxlm.train.chips import Chip, chip
+from jaxlm.train.collectives import Collective, collectives
+from jaxlm.train.loop import lower_ahead
+
+
+class Plan(NamedTuple):
+    """What the compiled step needs of one device. memory: bytes by class, largest first, `total` not among them.
+    capacity: bytes of the device. times: seconds by what is used at its peak. sent: bytes over the network by (kind,
+    axes), with the number of runs."""
+
+    memory: dict[str, float]
+    capacity: float
+    model_flops: float
+    times: dict[str, float]
+    sent: dict[tuple[str, tuple[str, ...]], tuple[int, float]]
+    tokens: int
+    compile_s: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of a device that the step takes."""
+        return sum(self.memory.values())
+
+    @property
+    def mfu_bound(self) -> float:
+        """The share of the peak that model FLOPs can reach at most."""
+        return self.times["products"] / max(self.times.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `jaxlm plan`."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
+    parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="a TPU slice, as v5p:4x4x8")
+    parser.add_argument("--no-batch", action="store_true", help="do not look for the largest batch (a second compile)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plan there")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw memory and times")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compiles, and prints the plan."""
+    recipe, cfg = load_recipe(args.config, args.overrides)
+    if recipe is not lm:
+        raise ValueError(f"jaxlm plan knows the recipe lm, found {cfg.recipe!r}")
+    cfg = lm.resolve(cfg)
+    found = tpu_devices(args.topology)
+    print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
+    plan = make_plan(cfg, found)
+    print(render(plan))
+    most = None if args.no_batch else largest_batch(cfg, found, plan)
+    if most is not None:
+        print(f"largest batch that fits, with {cfg.train.num_microbatches} micro-batches: {most:,} rows")
+    if args.json:
+        args.json.write_text(json.dumps(as_dict(plan) | {"topology": args.topology, "largest_batch": most}, indent=1))
+    if args.plot:
+        plot(plan, args.plot, title=f"{Path(args.config).stem} on {args.topology}")
+    return 0
+
+
+def make_plan(cfg: lm.Config, found: Sequence[Any]) -> Plan:
+    """The plan of a resolved config on those devices, which need not be here."""
+    assert cfg.model is not None  # resolve
+    mesh = make_mesh(cfg.mesh, found)
+    length, rows = cfg.data.sequence_length, cfg.data.batch_size
+    check_batch(mesh, batch_size=rows, num_microbatches=cfg.train.num_microbatches, sequence_length=length)
+    spec = decoder.spec(cfg.model)
+    whole = batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=whole) for name, dtype in FIELDS.items()}
+    start = time.perf_counter()
+    with compiling_for(found[0].platform):
+        step = make_step(cfg, spec, lm.make_loss(cfg, cfg.model, mesh), mesh=mesh, row_keys=cfg.model.dropout > 0)
+        compiled = lower_ahead(step.run, step.abstract, batch).compile()
+    seconds = time.perf_counter() - start
+    per_token = flops.flops_per_token(
+        spec, sequence_length=length, num_layers=cfg.model.num_layers, num_heads=cfg.model.num_heads,
+        head_dim=cfg.model.head_dim,
+    )  # fmt: skip
+    return read_plan(compiled, step.abstract, batch, mesh, model_flops=per_token * rows * length, compile_s=seconds)
+
+
+def read_plan(compiled: Any, state: Any, batch: Any, mesh: Mesh, *, model_flops: float, compile_s: float) -> Plan:
+    """What a compiled step says of itself. model_flops: of the whole step, on all devices."""
+    peak = peaks(mesh)
+    stats = compiled.memory_analysis()
+    memory = {
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state),
+        "average": held(state.ema),
+        "batch": held(batch),
+        "temporaries": float(stats.temp_size_in_bytes),
+        "program": float(stats.generated_code_size_in_bytes),
+    }
+    found = collectives(compiled.as_text(), mesh)
+    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * stats.temp_size_in_bytes
+    times = {
+        "products": model_flops / mesh.size / peak.flops,
+        "memory": moved / peak.memory_bandwidth,
+        "network": sum(c.times * c.sent for c in found) / peak.network_bandwidth,
+    }
+    return Plan(
+        dict(sorted(memory.items(), key=lambda item: -item[1])), peak.memory, model_flops, times, by_kind(found),
+        math.prod(batch["inputs"].shape), compile_s,
+    )  # fmt: skip
+
+
+def peaks(mesh: Mesh) -> Chip:
+    """Those of one device of the mesh: a chip's, or its share where a chip has several devices."""
+    found = list(mesh.devices.flat)
+    whole = chip(found[0])
+    if whole is None:
+        raise ValueError(f"no peaks are known of {found[0].device_kind!r}: add it to jaxlm/train/chips.py")
+    share = len({tuple(getattr(d, "coords", (d.id,))) for d in found}) / len(found)
+    return Chip(*(share * x for x in whole))
+
+
+def held(tree: Any) -> float:
+    """Bytes of one device's shards."""
+    return float(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    )
+
+
+def by_kind(found: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+    """Runs and bytes sent, by kind and axes, the most bytes first; what joins no axis is left out."""
+    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+    for c in found:
+        if c.axes:
+            runs, sent = sums.get((c.kind, c.axes), (0, 0.0))
+            sums[c.kind, c.axes] = runs + c.times, sent + c.times * c.sent
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def largest_batch(cfg: lm.Config, found: Sequence[Any], plan: Plan) -> int | None:
+    """The most rows of a batch that fit, by a second compile and a line through both temporaries; None if none do."""
+    parts = batch_parts(make_mesh(cfg.mesh, found)) * cfg.train.num_microbatches
+    rows = cfg.data.batch_size // parts
+    other = rows // 2 or 2
+    data = dataclasses.replace(cfg.data, batch_size=other * parts)
+    second = make_plan(dataclasses.replace(cfg, data=data), found)
+    slope = (plan.total - second.total) / (rows - other)
+    fixed = plan.total - rows * slope
+    most = int((plan.capacity - fixed) // slope) if slope > 0 else 0
+    return most * parts if most > 0 else None
+
+
+def render(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    lines = [f"compiled in {plan.compile_s:.0f} s", "", "memory of a device"]
+    lines += [f"  {name:12}{bytes_text(int(size)):>12}" for name, size in plan.memory.items() if size]
+    fits = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
+    lines += [f"  {'in all':12}{bytes_text(int(plan.total)):>12}  of {bytes_text(int(plan.capacity))}: {fits}", ""]
+    lines += ["collectives of a step, per device"]
+    for (kind, axes), (runs, sent) in plan.sent.items():
+        lines.append(f"  {kind:20}{'+'.join(axes):16}{runs:7,} runs{bytes_text(int(sent)):>12} sent")
+    lines += ["" if plan.sent else "  none", "least time of a step, were nothing else to take any"]
+    lines += [f"  {name:12}{1e3 * seconds:10.1f} ms" for name, seconds in plan.times.items()]
+    work = f"{plan.tokens:,} tokens and {plan.model_flops:.3g} model FLOPs a step"
+    lines += ["", f"{work}; MFU at most {100 * plan.mfu_bound:.0f} %"]
+    return "\n".join(lines)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """For JSON."""
+    sent = [{"kind": k, "axes": a, "runs": n, "bytes": s} for (k, a), (n, s) in plan.sent.items()]
+    return plan._asdict() | {"sent": sent, "total": plan.total, "mfu_bound": plan.mfu_bound}
+
+
+def plot(plan: Plan, out: str | Path, *, title: str) -> None:
+    """Memory by class beside the capacity, and the three times."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, times = figure.subplots(1, 2)
+    left = 0.0
+    for i, (name, size) in enumerate(plan.memory.items()):
+        memory.barh(["a device"], [size / 2**30], left=left, color=f"C{i}", label=name)
+        left += size / 2**30
+    memory.axvline(plan.capacity / 2**30, color="black", linewidth=1, linestyle="--", label="capacity")
+    memory.set_xlabel("GiB")
+    memory.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
+    times.barh(list(plan.times), [1e3 * s for s in plan.times.values()], color="#4477aa")
+    times.set_xlabel("ms at the peak")
+    for axes in (memory, times):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(out)

@@ -1,0 +1,106 @@
+"""jaxlm plan: what the compiled step says of memory and network, on simulated devices and for a TPU slice."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlm.models import decoder
+from jaxlm.models import spec as specs
+from jaxlm.recipes import plan as planning
+from jaxlm.recipes.shrink import shrink
+from jaxlm.recipes.train import load_recipe
+from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.sharding.topology import ENVIRONMENT
+from jaxlm.train.chips import CHIPS, Chip
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    recipe, found = load_recipe(str(ROOT / "configs/pretrain/llama_8b_pod.py"), ["data.tokenizer=bytes"])
+    small = shrink(recipe.resolve(found))
+    data = dataclasses.replace(small.data, batch_size=64)
+    return dataclasses.replace(small, mesh=MeshConfig(fsdp=8), data=data)
+
+
+@pytest.fixture(autouse=True)
+def a_chip(monkeypatch):
+    monkeypatch.setattr(planning, "peaks", lambda mesh: Chip(1e12, 2.0**30, 1e11, 1e10))
+
+
+def test_a_plan_counts_shards_and_collectives(cfg):
+    plan = planning.make_plan(cfg, jax.devices())
+    number = specs.count(decoder.spec(cfg.model))
+    assert number * 4 / 8 <= plan.memory["parameters"] < number * 4 / 7  # but for norms, which are whole everywhere
+    assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["parameters"], rel=0.01)
+    assert plan.memory["temporaries"] > 0 and plan.total < plan.capacity
+    kinds = {kind for kind, axes in plan.sent if axes == ("fsdp",)}
+    assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
+    runs, sent = plan.sent["all-gather", ("fsdp",)]
+    gathered = cfg.train.num_microbatches * plan.memory["parameters"]
+    assert runs >= cfg.model.num_layers and sent > gathered / 2  # bfloat16, at least once a micro-batch
+    assert 0 < plan.mfu_bound <= 1 and plan.times["products"] == plan.model_flops / 8 / 1e12
+    text = planning.render(plan)
+    assert "of 1.0 GiB: fits" in text and "all-gather" in text and "MFU at most" in text
+    assert json.loads(json.dumps(planning.as_dict(plan)))["total"] == plan.total
+
+
+def test_what_does_not_fit_says_so_and_the_largest_batch_is_between(cfg, monkeypatch):
+    plan = planning.make_plan(cfg, jax.devices())
+    assert "DOES NOT FIT" in planning.render(plan._replace(capacity=plan.total / 2))
+    most = planning.largest_batch(cfg, jax.devices(), plan)
+    assert most % 8 == 0 and most > cfg.data.batch_size
+    larger = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=4 * cfg.data.batch_size))
+    at_four = planning.make_plan(larger, jax.devices())
+    enough = plan._replace(capacity=at_four.total)
+    assert planning.largest_batch(cfg, jax.devices(), enough) == pytest.approx(4 * cfg.data.batch_size, rel=0.15)
+
+
+def test_a_plot_is_made(cfg, tmp_path):
+    planning.plot(planning.make_plan(cfg, jax.devices()), tmp_path / "plan.png", title="small")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_mesh_of_another_size_and_unknown_chips_are_refused(cfg, monkeypatch):
+    with pytest.raises(ValueError, match="needs 16 devices, and there are 8"):
+        planning.make_plan(dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=16)), jax.devices())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no peaks are known of 'cpu'"):
+        planning.make_plan(cfg, jax.devices())
+    assert all(chip.flops > 1e14 and chip.memory > 1e10 for chip in CHIPS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")
+def test_the_command_plans_for_a_slice_that_is_not_here(tmp_path):
+    out = tmp_path / "plan.json"
+    config = str(ROOT / "configs/quickstart.py")
+    command = [
+        sys.executable,
+        "-m",
+        "jaxlm.cli",
+        "plan",
+        "--config",
+        config,
+        "--topology",
+        "v5e:2x2",
+        "--json",
+        str(out),
+    ]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 devices, TPU v5 lite" in done.stdout and "of 16.0 GiB: fits" in done.stdout
+    assert json.loads(out.read_text())["largest_batch"] > 8
+    command[command.index("v5e:2x2")] = "v5e:nonsense"
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "expected one such as v5e:2x2" in done.stderr
