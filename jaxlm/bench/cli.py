@@ -7,6 +7,7 @@
   jaxlm bench encode --model … --texts …  sentence vectors against sentence-transformers
   jaxlm bench latent --versus torch       a step of the sentence-space model against a PyTorch loop
   jaxlm bench pretrain --config …         whole runs against a plain PyTorch loop, in held-out bits per byte
+  jaxlm bench chaos --kills 5             a pod on this machine whose processes are killed: the same parameters?
 
 Rivals run in one process, in rotating order; what counts is the ratio of medians. `jaxlm bench NAME --help` for more.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("imports", "token_stats", "train", "dpo", "encode", "latent", "pretrain")
+BENCHMARKS = ("imports", "token_stats", "train", "dpo", "encode", "latent", "pretrain", "chaos")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,10 @@ class Runtime:
     jit: bool = True
 
 
+JOIN_TIMEOUT = 300
+"""Seconds in which all processes must have joined."""
+
+
 def compile_cache_dir() -> Path:
     """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or jaxlm/xla under the user's cache folder."""
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -29,8 +33,43 @@ def compile_cache_dir() -> Path:
     return Path(chosen) if chosen else Path(base) / "jaxlm" / "xla"
 
 
+# What launchers of one process per host set: JAX's own variable, Slurm's, those of a TPU pod and of several slices.
+_SEVERAL = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+
+
+def several_processes() -> bool:
+    """Whether the environment says that this process is one of several.
+
+    JAX_COORDINATOR_ADDRESS is taken as it is; the others count where they name more than one.
+    """
+    values = {name: os.environ.get(name, "") for name in _SEVERAL}
+    if values["JAX_COORDINATOR_ADDRESS"]:
+        return True
+    hosts = len([host for host in values["TPU_WORKER_HOSTNAMES"].split(",") if host])
+    tasks = [int(values[name]) for name in ("SLURM_STEP_NUM_TASKS", "MEGASCALE_NUM_SLICES") if values[name].isdigit()]
+    return max([hosts, *tasks]) > 1
+
+
+def join() -> None:
+    """Joins the other processes; ValueError if they do not answer or the variables are not whole.
+
+    With JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed too; on Slurm
+    and TPUs JAX finds all of it by itself.
+    """
+    number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not (number and index):
+        raise ValueError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
+    explicit = dict(coordinator_address=address, num_processes=int(number or 0), process_id=int(index or 0))
+    try:
+        jax.distributed.initialize(**(explicit if address else {}), initialization_timeout=JOIN_TIMEOUT)
+    except RuntimeError as error:
+        raise ValueError(f"not all processes have joined within {JOIN_TIMEOUT} s: {error}") from error
+
+
 def configure(runtime: Runtime) -> None:
-    """Applies the settings; call before the first array is made, since devices cannot be added later."""
+    """Applies the settings, and joins the other processes if there are any; call before the first array is made, since
+    devices cannot be added later."""
     if runtime.simulated_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", runtime.simulated_devices)
@@ -39,3 +78,5 @@ def configure(runtime: Runtime) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_disable_jit", not runtime.jit)
     jax.config.update("jax_debug_nans", runtime.debug or jax.config.jax_debug_nans)  # type: ignore[attr-defined]
+    if several_processes():
+        join()

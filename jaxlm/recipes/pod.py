@@ -1,0 +1,126 @@
+"""A pod on this machine: N processes of M simulated devices each, joined as hosts are.
+
+    python launch/local_pod.py --processes 2 --devices 4 -- train --config configs/quickstart.py
+    python launch/local_pod.py --processes 4 --devices 2 --restarts 10 -- train --config ... --config.mesh.fsdp=8
+    python launch/local_pod.py --processes 2 --devices 4 --dry-run -- train --config configs/quickstart.py
+
+What follows -- are the arguments of jaxlm; every process gets the same ones. Lines of process i start with "i| ". When
+one process ends with an error the others are stopped too, since they would wait for it; with --restarts all are started
+again, and resume from the last checkpoint. A SIGTERM or SIGINT to this command goes to all of them: they save at one
+step and end with status 75, which is passed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+SAVED = 75
+"""The status of a run that was stopped by a signal and has saved itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Starts the processes, waits, and gives the status of the first that failed, or 0."""
+    args, command = parse(sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        for process in range(args.processes):
+            print(shell_line(command, environment(process, args.processes, args.devices, port=0)))
+        return 0
+    stopped: list[int] = []
+    running: list[subprocess.Popen[str]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        stopped.append(number)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, pass_on)
+    for attempt in range(args.restarts + 1):
+        if attempt:
+            print(f"local_pod: start {attempt + 1} of at most {args.restarts + 1}", flush=True)
+        running[:] = start(command, processes=args.processes, devices=args.devices)
+        status = wait(running, grace=args.grace)
+        if status == 0 or stopped:
+            break
+    return status
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, and the command of every process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="hosts (default 2)")
+    parser.add_argument("--devices", type=int, default=4, help="simulated devices of each (default 4)")
+    parser.add_argument("--restarts", type=int, default=0, help="how often all are started again (default 0)")
+    parser.add_argument("--grace", type=float, default=30, help="seconds to end in, once another failed (default 30)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of jaxlm")
+    args = parser.parse_args(argv)
+    rest = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if not rest or min(args.processes, args.devices) < 1 or args.restarts < 0:
+        parser.error("give at least one process and device, and the arguments of jaxlm after --")
+    return args, [sys.executable, "-m", "jaxlm.cli", *rest]
+
+
+def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
+    """What makes a process a host: the coordinator's address, how many there are, and which it is."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(process),
+    }
+
+
+def shell_line(command: Sequence[str], variables: dict[str, str]) -> str:
+    """As one would type it."""
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), shlex.join(command)])
+
+
+def start(
+    command: Sequence[str], *, processes: int, devices: int, out: TextIO | None = None
+) -> list[subprocess.Popen[str]]:
+    """All processes, with a thread each that writes their lines to `out` (None: what this process prints to)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for i in range(processes):
+        variables = os.environ | environment(i, processes, devices, port)
+        process = subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
+        threading.Thread(target=_print_lines, args=(i, process, out or sys.stdout), daemon=True).start()
+        found.append(process)
+    return found
+
+
+def _print_lines(i: int, process: subprocess.Popen[str], out: TextIO) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"{i}| {line}", end="", flush=True, file=out)
+
+
+def wait(running: Sequence[subprocess.Popen[str]], *, grace: float) -> int:
+    """Until all have ended; once one has failed the others have `grace` seconds, and are then killed."""
+    failed: float | None = None
+    first = 0
+    while None in (statuses := [process.poll() for process in running]):  # each is asked, not only the first that runs
+        bad = [status for status in statuses if status]
+        if bad and failed is None:
+            failed, first = time.monotonic(), bad[0]
+        if failed is not None and time.monotonic() - failed > grace:
+            for process in running:
+                process.kill()
+        time.sleep(0.05)
+    return first or next((status for status in statuses if status), 0)

@@ -1,0 +1,80 @@
+"""Several real processes on this machine: one process's numbers, and nothing lost when they are killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm.cli import main
+from jaxlm.recipes import pod, runtime
+from jaxlm.train.metrics import read_lines
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, str(ROOT / "launch" / "local_pod.py")]
+
+
+def test_a_dry_run_prints_one_line_per_process():
+    command = [*LAUNCH, "--processes", "2", "--devices", "3", "--dry-run", "--", "train", "--config", "a b.py"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 2 and all("JAX_NUM_PROCESSES=2" in x and "JAX_NUM_CPU_DEVICES=3" in x for x in lines)
+    assert ["JAX_PROCESS_ID=0" in lines[0], "JAX_PROCESS_ID=1" in lines[1], lines[0].endswith("'a b.py'")] == [True] * 3
+
+
+def test_what_is_missing_is_said(capsys):
+    with pytest.raises(SystemExit):
+        pod.main(["--processes", "0", "--", "train"])
+    assert "at least one process" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_stops_the_others():
+    running = pod.start(
+        [sys.executable, "-c", "import os, time; time.sleep(60 * int(os.environ['JAX_PROCESS_ID'] == '0')); 1 / 0"],
+        processes=2,
+        devices=1,
+    )
+    assert pod.wait(running, grace=0.2) == 1  # process 0 sleeps, and is killed
+    assert running[0].returncode == -9
+
+
+def test_several_processes_are_told_by_the_environment(monkeypatch):
+    for name in runtime._SEVERAL:
+        monkeypatch.delenv(name, raising=False)
+    assert not runtime.several_processes()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not runtime.several_processes()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one,two")
+    assert runtime.several_processes()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    assert runtime.several_processes()
+    with pytest.raises(ValueError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"):
+        runtime.join()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    settings = "train.num_steps=6 train.log_every=2 train.eval_every=3 train.checkpoint_every=3 optim.warmup_steps=2 "
+    settings += "data.batch_size=8 sample_prompts=() mesh.fsdp=4"
+    common = ["train", "--config", str(ROOT / "configs/quickstart.py"), *(f"--config.{x}" for x in settings.split())]
+    several = [*LAUNCH, "--processes", "2", "--devices", "2", "--", *common, f"--config.run_dir={tmp_path / 'several'}"]
+    subprocess.run(several, check=True, capture_output=True, timeout=300)
+    alone = [*common, f"--config.run_dir={tmp_path / 'one'}", "--simulate-devices", "4"]
+    subprocess.run([sys.executable, "-m", "jaxlm.cli", *alone], check=True, capture_output=True, timeout=300)
+    one, two = (list(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("one", "several"))
+    assert len(one) == len(two) > 3
+    for a, b in zip(one, two):
+        losses = [name for name in a if name.endswith(("loss", "bits_per_byte"))]
+        assert losses and all(b[name] == pytest.approx(a[name], rel=1e-5) for name in losses)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_parameters(tmp_path):
+    out = tmp_path / "chaos.json"
+    assert main(["bench", "chaos", "--kills", "2", "--steps", "40", "--seed", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["same"] and found["kills"]
