@@ -28,6 +28,12 @@ SAVED = 75
 """The status of a run that was stopped by a signal and has saved itself."""
 
 
+class Host(subprocess.Popen[str]):
+    """A process whose lines a thread prints."""
+
+    printer: threading.Thread
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes, waits, and gives the status of the first that failed, or 0."""
     args, command = parse(sys.argv[1:] if argv is None else argv)
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(shell_line(command, environment(process, args.processes, args.devices, port=0)))
         return 0
     stopped: list[int] = []
-    running: list[subprocess.Popen[str]] = []
+    running: list[Host] = []
 
     def pass_on(number: int, frame: object) -> None:
         stopped.append(number)
@@ -89,7 +95,7 @@ def shell_line(command: Sequence[str], variables: dict[str, str]) -> str:
 
 def start(
     command: Sequence[str], *, processes: int, devices: int, out: TextIO | None = None
-) -> list[subprocess.Popen[str]]:
+) -> list[Host]:
     """All processes, with a thread each that writes their lines to `out` (None: what this process prints to)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,21 +103,23 @@ def start(
     found = []
     for i in range(processes):
         variables = os.environ | environment(i, processes, devices, port)
-        process = subprocess.Popen(
+        process = Host(
             command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )
-        threading.Thread(target=_print_lines, args=(i, process, out or sys.stdout), daemon=True).start()
+        process.printer = threading.Thread(target=_print_lines, args=(i, process, out or sys.stdout), daemon=True)
+        process.printer.start()
         found.append(process)
     return found
 
 
-def _print_lines(i: int, process: subprocess.Popen[str], out: TextIO) -> None:
+def _print_lines(i: int, process: Host, out: TextIO) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        print(f"{i}| {line}", end="", flush=True, file=out)
+    with process.stdout as lines:
+        for line in lines:
+            print(f"{i}| {line}", end="", flush=True, file=out)
 
 
-def wait(running: Sequence[subprocess.Popen[str]], *, grace: float) -> int:
+def wait(running: Sequence[Host], *, grace: float) -> int:
     """Until all have ended; once one has failed the others have `grace` seconds, and are then killed."""
     failed: float | None = None
     first = 0
@@ -123,4 +131,6 @@ def wait(running: Sequence[subprocess.Popen[str]], *, grace: float) -> int:
             for process in running:
                 process.kill()
         time.sleep(0.05)
+    for process in running:
+        process.printer.join(timeout=5)  # its last lines say why it ended
     return first or next((status for status in statuses if status), 0)

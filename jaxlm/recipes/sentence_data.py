@@ -192,10 +192,20 @@ def judge(
 
 
 def make_batches(cfg: TaskConfig, rows: SentenceRows, task: Task, *, num_steps: int) -> Sentences:
-    """The rows in shuffled batches, as often as num_steps needs them."""
+    """The rows in shuffled batches, as often as num_steps needs them, no wider than the longest of them."""
     epochs = -(-num_steps * cfg.batch_size // len(rows.plan)) + 1
     loader = Loader(
-        [(rows, 1.0, epochs)], batch_size=cfg.batch_size, seed=cfg.seed, process_index=jax.process_index(),
+        [(fitted(rows), 1.0, epochs)], batch_size=cfg.batch_size, seed=cfg.seed, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )  # fmt: skip
     return Sentences(loader, task.skipped, rows.fingerprint())
+
+
+def fitted(rows: SentenceRows) -> SentenceRows:
+    """The rows with as many places for sentences and tokens as the longest of them fill: the limits of a config may be
+    far above, and every place costs its share of a step."""
+    segments = rows.extra["step_segments"]
+    sentences = int((segments[..., 0] != 0).sum(axis=1).max())
+    tokens = int((segments != 0).sum(axis=2).max())
+    steps = {name: rows.extra[name][:, :sentences, :tokens] for name in ("steps", "step_segments")}
+    return dataclasses.replace(rows, extra={"ends": rows.extra["ends"][:, : sentences + 1], **steps})

@@ -156,6 +156,16 @@ def test_a_task_has_its_parts_and_one_tokenizer(task):
     assert decode(row["text/tokens"][row["text/segments"] == 1]) == "\n".join([sample.question, *sample.sentences, ""])
 
 
+def test_batches_are_no_wider_than_their_longest_row(task):
+    rows = task.rows["train"]
+    fitted = sentence_data.fitted(rows)
+    segments, whole = fitted.extra["step_segments"], rows.extra["step_segments"]
+    assert segments.shape[1] < whole.shape[1] and segments.shape[2] < whole.shape[2]
+    assert segments.sum() == whole.sum() and segments[..., -1].any() and segments[:, -1].any()
+    assert fitted.extra["ends"].shape[1] == segments.shape[1] + 1
+    np.testing.assert_array_equal(fitted.extra["ends"].max(axis=1), rows.extra["ends"].max(axis=1))
+
+
 def test_ones_own_samples_are_read(tmp_path):
     rows = [{"question": f"q{i}", "steps": ["a", "b" * (1 + 40 * (i == 3))], "answer": str(i)} for i in range(6)]
     path = tmp_path / "mine.jsonl"

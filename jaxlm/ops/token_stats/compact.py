@@ -42,6 +42,11 @@ def take(x: Array, index: Int[Array, "N"]) -> Array:
     return x.at[index].get(unique_indices=True, mode="promise_in_bounds")
 
 
+def in_tiles(x: Array, rows: int) -> Array:
+    """Filled up with zeros to whole tiles of that many rows."""
+    return jnp.pad(x, [(0, -x.shape[0] % rows)] + [(0, 0)] * (x.ndim - 1))
+
+
 def over_tiles(
     tile: Callable[[Array | int], Any], add: Callable[[Any, Any, Array | int], Any], carry: Any, *, num_tiles: int,
     rows: int, count: Int[Array, ""] | None,

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.platform import platform
-from jaxlm.ops.token_stats.compact import kept_first, over_tiles, take
+from jaxlm.ops.token_stats.compact import in_tiles, kept_first, over_tiles, take
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.ops.token_stats.head import (
     Head,
@@ -96,10 +96,10 @@ def tiled(
     block = block or default_block(rows)
     plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis, kernel)
     if mask is None:
-        tiles = _in_tiles((hidden, targets), rows)
+        tiles = jax.tree.map(partial(in_tiles, rows=rows), (hidden, targets))
         return jax.tree.map(lambda x: x[:num_tokens], _run(plan, tiles, unembed, bias, temperature, None))
     kept = kept_first(mask)
-    tiles = _in_tiles((take(hidden, kept.order), take(targets, kept.order)), rows)
+    tiles = jax.tree.map(lambda x: in_tiles(take(x, kept.order), rows), (hidden, targets))
     stats = _run(plan, tiles, unembed, bias, temperature, kept.number)
     return jax.tree.map(lambda x: take(x[:num_tokens], kept.back), stats)
 
@@ -111,11 +111,6 @@ def _run(
     hidden, targets = tokens
     head, targets, count = _vary_alike((Head(hidden, unembed, bias, temperature), targets, count))
     return _stats(plan, head, targets, count)
-
-
-def _in_tiles(tokens: Any, rows: int) -> Any:
-    """Filled up with zeros to whole tiles."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, -x.shape[0] % rows)] + [(0, 0)] * (x.ndim - 1)), tokens)
 
 
 def default_block(rows: int) -> int:
