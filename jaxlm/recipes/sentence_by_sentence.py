@@ -18,8 +18,8 @@ discretized (outputs are written as text and read again).
 
 From the paper: stages, objectives, widths of the mappers, dropout, temperatures, and what is fed back. Ours:
 checkpoints are chosen on validation samples, where the paper chose on the test set; negatives of the whole global
-batch, where the released code has those of one device; and a latent's default `weights` and `unit_scale`, which tie the
-scale of outputs to that of inputs (the paper's: weights={"nll": 1, "info_nce": 1}, unit_scale=False).
+batch, where the released code has those of one device; and the latents' default `unit_scale`, a layer norm on what they
+read that ties the scale of inputs to that of outputs (the paper's: unit_scale=False).
 """
 
 from __future__ import annotations
