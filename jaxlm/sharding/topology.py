@@ -11,7 +11,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+# The last one: several processes may compile at once, since none of them has a TPU to fight for.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def tpu_devices(topology: str) -> list[Any]:
