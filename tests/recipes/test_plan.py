@@ -55,6 +55,7 @@ def test_a_plan_counts_shards_and_collectives(cfg):
     assert json.loads(json.dumps(planning.as_dict(plan)))["total"] == plan.total
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_so_and_the_largest_batch_is_between(cfg, monkeypatch):
     plan = planning.make_plan(cfg, jax.devices())
     assert "DOES NOT FIT" in planning.render(plan._replace(capacity=plan.total / 2))
