@@ -17,9 +17,10 @@ and inference: token by token; by encoder and decoder alone; continuous (outputs
 discretized (outputs are written as text and read again).
 
 From the paper: stages, objectives, widths of the mappers, dropout, temperatures, and what is fed back. Ours:
-checkpoints are chosen on validation samples, where the paper chose on the test set; negatives of the whole global
-batch, where the released code has those of one device; and the latents' default `unit_scale`, a layer norm on what they
-read that ties the scale of inputs to that of outputs (the paper's: unit_scale=False).
+checkpoints are chosen on validation samples (a latent's by the mean accuracy of its two ways of inference), where the
+paper chose on the test set; negatives of the whole global batch, where the released code has those of one device; and
+the latents' default `unit_scale`, a layer norm on what they read that ties the scale of inputs to that of outputs (the
+paper's: unit_scale=False).
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class Way(NamedTuple):
 
     settings: what its loss depends on. needs: the stages before it. initial: the parameters of step 0 (None: random).
     frozen: what the loss reads beside them. judge: (params, part, kept) -> rows. best: the score of those rows that
-    checkpoints are chosen by, `<way of inference>/<score>`. skip: steps at the front of a sample that it never sees.
-    whole: the parameters that later stages start from, out of those that are trained (adapters are merged).
+    checkpoints are chosen by; `accuracy` of several ways of inference is their mean. skip: steps at the front of a
+    sample that it never sees. whole: the parameters that later stages start from, out of those that are trained
+    (adapters are merged).
     """
 
     name: str
@@ -227,7 +228,7 @@ class Stages:
 
         needs = tuple(dict.fromkeys(("cot", stage.vectors, writer)))
         return Way(
-            stage.name, stage, settings, needs, spec, loss, initial, scores, best="continuous/accuracy", frozen=frozen
+            stage.name, stage, settings, needs, spec, loss, initial, scores, frozen=frozen
         )
 
     def stops(self, stage: LatentStage) -> dict[str, rolls.Stop]:
@@ -270,7 +271,10 @@ class Stages:
             return None
         found = way.judge(way.whole(averaged(state), kept), "validation", kept)
         inference = {row: "/".join(["validation", *row.removeprefix(way.name).split()]) for row in found}
-        return {f"{inference[row]}/{k}": v for row, scores in found.items() for k, v in scores.items()}
+        scores = {f"{inference[row]}/{k}": v for row, scores in found.items() for k, v in scores.items()}
+        if len(found) > 1:  # one checkpoint serves all ways of inference
+            scores["validation/accuracy"] = sum(row["accuracy"] for row in found.values()) / len(found)
+        return scores
 
     def load(self, run: StageRun, spec: specs.Spec) -> Params:
         """The parameters of the best checkpoint, on the mesh."""

@@ -172,7 +172,7 @@ def ends_at(second, first):
     return stop
 
 
-@pytest.mark.parametrize("rule", ["places", "classifier", "cosine"])
+@pytest.mark.parametrize("rule", [pytest.param("places", marks=pytest.mark.slow), "classifier", "cosine"])
 def test_a_rule_ends_a_row_and_leaves_the_others(params, text_params, question, rule):
     run = lambda stop: rolls.roll_continuous(  # noqa: E731
         params, text_params, *question, cfg=CFG, decoder_cfg=TEXT, num_sentences=4, end_id=END, max_tokens=S, stop=stop

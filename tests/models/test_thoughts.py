@@ -16,7 +16,7 @@ from jaxlm.models.config import DecoderConfig
 
 V, T, END = 30, 4, 7
 CFG = DecoderConfig(
-    vocab_size=V, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32, max_length=64
+    vocab_size=V, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32, max_length=64
 )
 LENGTHS = (5, 2)
 SEGMENTS = (np.arange(6) < np.array(LENGTHS)[:, None]).astype(np.int32)
@@ -43,7 +43,7 @@ def by_passes(params, b, number, tokens):
     return decoder.forward(model, None, embeddings=read, cfg=CFG).hidden[0, -len(tokens) :]
 
 
-@pytest.mark.parametrize("pause", [False, True], ids=["coconut", "pause"])
+@pytest.mark.parametrize("pause", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["coconut", "pause"])
 def test_a_prefill_and_steps_are_passes_over_everything(pause):
     params = params_of(pause)
 
@@ -67,6 +67,7 @@ def test_a_prefill_and_steps_are_passes_over_everything(pause):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(np.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_text_after_thoughts_is_greedy():
     params = params_of(False)
     found = roll_thoughts(params, QUESTION, SEGMENTS, cfg=CFG, number=2, end_id=END, max_tokens=T)

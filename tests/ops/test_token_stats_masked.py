@@ -24,7 +24,11 @@ MASKS = {
     "all but one": np.arange(N) != 3,
     "all": np.ones(N, bool),
 }
-masks = pytest.mark.parametrize("mask", list(MASKS.values()), ids=list(MASKS))
+FAST = ("none", "half")
+masks = pytest.mark.parametrize(
+    "mask",
+    [pytest.param(mask, id=name, marks=() if name in FAST else pytest.mark.slow) for name, mask in MASKS.items()],
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_it_can_be_mapped_and_differentiated_twice(arrays):
         def slope(h):
             return jnp.sum(jnp.sin(jax.grad(lambda h: weighted(stats(h), mask[0]))(h)))
 
-        return jax.grad(slope)(hidden)
+        return jax.jit(jax.grad(slope))(hidden)
 
     got = second(lambda h: skipping(mask[0], h, *operands[1:], targets), operands[0])
     want = second(lambda h: dense(h, operands[1], targets, bias=operands[2], **OPTIONS), operands[0])

@@ -110,6 +110,7 @@ def test_adapters_are_trained_where_the_model_is_frozen(tmp_path):
     assert recipe.run(cfg) == rows
 
 
+@pytest.mark.slow
 def test_a_stage_with_adapters_of_zeros_is_the_stage(task, tmp_path):
     cfg = config(tmp_path, dropout=0.0)
     stages = Stages(cfg, task)
