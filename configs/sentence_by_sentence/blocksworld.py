@@ -5,8 +5,8 @@
 All 5,256 pairs of states: 400 for the test, 200 for the choice of checkpoints, the others to train on.
 The latents: ours on each kind of vectors, and on contextual ones the published loss, without its InfoNCE, and with each
 of two ways to tie the scale of what is fed back to that of what was trained on, and both. A latent takes five to eight
-minutes on two cores, the whole about an hour and a half; `--config.latents.N` and `--config.curricula` can be left out
-one by one, and added later: what is there already is not trained again.
+minutes on two cores, the whole about an hour and a half. Latents and curricula that are added to a config later start
+from the stages that are there already: nothing is trained twice.
 """
 
 from ml_collections import ConfigDict
