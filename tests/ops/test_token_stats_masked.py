@@ -67,6 +67,7 @@ def test_values_and_gradients_are_the_oracles(arrays, mask):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_it_can_be_mapped_and_differentiated_twice(arrays):
     *operands, targets = arrays
     mask = jnp.stack([jnp.asarray(MASKS["half"]), jnp.asarray(MASKS["one"])])

@@ -67,6 +67,7 @@ def test_what_does_not_fit_says_so_and_the_largest_batch_is_between(cfg, monkeyp
     assert planning.largest_batch(cfg, jax.devices(), enough) == pytest.approx(4 * cfg.data.batch_size, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_plot_is_made(cfg, tmp_path):
     planning.plot(planning.make_plan(cfg, jax.devices()), tmp_path / "plan.png", title="small")
     assert (tmp_path / "plan.png").stat().st_size > 10_000
