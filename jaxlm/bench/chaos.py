@@ -73,7 +73,9 @@ def main(args: argparse.Namespace) -> int:
             kills = list(disturb(args, disturbed, out, begun + 2 * (length - begun) / max(args.kills, 1)))
             status = pod.wait(start(args, disturbed, out), grace=30)
         same = status == 0 and equal(base / "straight", base / "disturbed", args.steps)
-        print(f"{len(kills)} kills; parameters and losses {'are the same' if same else 'DIFFER'} bit for bit")
+        number = sum(not kill.get("too_late") for kill in kills)
+        told = "are the same" if same else "DIFFER"
+        print(f"{number} of {args.kills} kills; parameters and losses {told} bit for bit")
         if status:
             print(_tail(base / "output.txt"))
     if args.json:

@@ -109,13 +109,27 @@ def make_plan(cfg: lm.Config, found: Sequence[Any]) -> Plan:
     start = time.perf_counter()
     with compiling_for(found[0].platform):
         step = make_step(cfg, spec, lm.make_loss(cfg, cfg.model, mesh), mesh=mesh, row_keys=cfg.model.dropout > 0)
-        compiled = lower_ahead(step.run, step.abstract, batch).compile()
+        compiled = _compile(lower_ahead(step.run, step.abstract, batch))
     seconds = time.perf_counter() - start
     per_token = flops.flops_per_token(
         spec, sequence_length=length, num_layers=cfg.model.num_layers, num_heads=cfg.model.num_heads,
         head_dim=cfg.model.head_dim,
     )  # fmt: skip
     return read_plan(compiled, step.abstract, batch, mesh, model_flops=per_token * rows * length, compile_s=seconds)
+
+
+def _compile(lowered: Any) -> Any:
+    """Compiled; ValueError where the compiler itself finds that the program cannot fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"it DOES NOT FIT, and the compiler refuses it: {reason}. Take more devices, a smaller data.batch_size, "
+            "more train.num_microbatches, or model.remat='full'"
+        ) from error
 
 
 def read_plan(compiled: Any, state: Any, batch: Any, mesh: Mesh, *, model_flops: float, compile_s: float) -> Plan:
@@ -149,7 +163,8 @@ def peaks(mesh: Mesh) -> Chip:
     whole = chip(found[0])
     if whole is None:
         raise ValueError(f"no peaks are known of {found[0].device_kind!r}: add it to jaxlm/train/chips.py")
-    share = len({tuple(getattr(d, "coords", (d.id,))) for d in found}) / len(found)
+    chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in found}
+    share = len(chips) / len(found)
     return Chip(*(share * x for x in whole))
 
 

@@ -24,9 +24,6 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-SAVED = 75
-"""The status of a run that was stopped by a signal and has saved itself."""
-
 
 class Host(subprocess.Popen[str]):
     """A process whose lines a thread prints."""

@@ -103,6 +103,9 @@ def test_the_command_plans_for_a_slice_that_is_not_here(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 devices, TPU v5 lite" in done.stdout and "of 16.0 GiB: fits" in done.stdout
     assert json.loads(out.read_text())["largest_batch"] > 8
+    much = [*command, "--config.data.batch_size=65536"]
+    done = subprocess.run(much, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "DOES NOT FIT" in done.stderr and "Take more devices" in done.stderr
     command[command.index("v5e:2x2")] = "v5e:nonsense"
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "expected one such as v5e:2x2" in done.stderr

@@ -2,7 +2,7 @@
 
 Grid (token blocks, vocabulary blocks); the hidden states of a token block stay in memory while the vocabulary streams
 by. The tile is kept transposed, [vocabulary, tokens], so that a token's sums run down the sublanes and its state is one
-entry of a row: `rows` below. The recursion is that of `jaxlm.ops.token_stats.tiled`, as is the backward pass.
+entry of a row: `ROWS` below. The recursion is that of `jaxlm.ops.token_stats.tiled`, as is the backward pass.
 """
 
 from __future__ import annotations
