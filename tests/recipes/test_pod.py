@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.cli import main
@@ -54,6 +55,18 @@ def test_several_processes_are_told_by_the_environment(monkeypatch):
     assert runtime.several_processes()
     with pytest.raises(ValueError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"):
         runtime.join()
+
+
+def test_several_cpu_processes_share_no_compiled_programs(monkeypatch):
+    monkeypatch.setattr(runtime, "join", lambda: None)
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        for several in (False, True):
+            monkeypatch.setattr(runtime, "several_processes", lambda several=several: several)
+            runtime.configure(runtime.Runtime())
+            assert jax.config.jax_enable_compilation_cache == (before and not several)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 @pytest.mark.slow
