@@ -80,7 +80,7 @@ def configure(runtime: Runtime) -> None:
     jax.config.update("jax_debug_nans", runtime.debug or jax.config.jax_debug_nans)  # type: ignore[attr-defined]
     if several_processes():
         join()
-        # Of CPU processes only the first keeps what it compiled: started again, it runs the program that was kept and
-        # the others one of their own, with the collectives in another order, and all wait for each other for ever.
-        if jax.default_backend() == "cpu":
-            jax.config.update("jax_enable_compilation_cache", False)
+    # On CPU, a program of several devices that is read back from the cache no longer runs its collectives in one order
+    # (jaxlib 0.10.2): devices, or processes, meet in different ones and wait for each other until they are killed.
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)

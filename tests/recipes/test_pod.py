@@ -57,14 +57,14 @@ def test_several_processes_are_told_by_the_environment(monkeypatch):
         runtime.join()
 
 
-def test_several_cpu_processes_share_no_compiled_programs(monkeypatch):
-    monkeypatch.setattr(runtime, "join", lambda: None)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_programs_of_several_cpu_devices_are_not_kept(devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     before = jax.config.jax_enable_compilation_cache
     try:
-        for several in (False, True):
-            monkeypatch.setattr(runtime, "several_processes", lambda several=several: several)
-            runtime.configure(runtime.Runtime())
-            assert jax.config.jax_enable_compilation_cache == (before and not several)
+        jax.config.update("jax_enable_compilation_cache", True)
+        runtime.configure(runtime.Runtime())
+        assert jax.config.jax_enable_compilation_cache == (devices == 1)
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
 
