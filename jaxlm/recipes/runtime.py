@@ -81,6 +81,6 @@ def configure(runtime: Runtime) -> None:
     if several_processes():
         join()
     # On CPU, a program of several devices that is read back from the cache no longer runs its collectives in one order
-    # (jaxlib 0.10.2): devices, or processes, meet in different ones and wait for each other until they are killed.
+    # (jaxlib 0.10.2 and 0.12.0): devices, or processes, meet in different ones and wait until they are killed.
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -52,12 +52,14 @@ def config(run_dir: Path, **changes: Any) -> dpo.Config:
 @pytest.fixture(scope="module", autouse=True)
 def compile_cache(tmp_path_factory):
     """Programs that several runs compile alike are compiled once."""
-    before = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    chosen = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_enable_compilation_cache": True,  # which a command before in this process turned off for its eight devices
     }
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    before = {name: getattr(jax.config, name) for name in chosen}
+    for name, value in chosen.items():
+        jax.config.update(name, value)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
