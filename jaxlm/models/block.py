@@ -31,6 +31,7 @@ class Context(NamedTuple):
     rotations: dict[str, Rotation | None]
     q_positions: Int[Array, "B T"]
     k_positions: Int[Array, "B S"]
+    in_order: bool  # positions 0 … T - 1, derived, without a cache
     segments: Int[Array, "B T"] | None
     cache_length: Int[Array, "B"] | None
     keys: Key[Array, "B"] | None
@@ -162,7 +163,7 @@ def _attend(q: Array, k: Array, v: Array, index: Array, *, kind: str, c: Context
         soft_cap=cfg.attention_soft_cap,
     )
     if c.keys is None and "attention_probs" not in c.collect:
-        return attention(q, k, v, **where), None
+        return attention(q, k, v, in_order=c.in_order, **where), None
     probs = reference.probabilities(q, k, **where)
     dropped = layers.dropout(probs, cfg.dropout, c.keys, NUM_SITES * index + ATTENTION_SITE)
     return reference.weighted_sum(dropped, v), probs

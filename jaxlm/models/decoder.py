@@ -113,6 +113,7 @@ def forward(
         rotations=rotations(q_positions, segments, cfg=cfg),
         q_positions=q_positions,
         k_positions=k_positions,
+        in_order=positions is None and segments is None and cache is None,
         segments=segments,
         cache_length=None if cache is None else cache.length,
         keys=row_keys(key, shape[0]) if cfg.dropout else None,

@@ -17,6 +17,11 @@ def platform() -> str:
     return _target.get() or jax.default_backend()
 
 
+def compiled_ahead() -> bool:
+    """Whether the computation is traced for another machine than this."""
+    return _target.get() is not None
+
+
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
     """Inside, what is traced is meant for that platform: for ahead-of-time compilation on a machine without it.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats.compact import kept_first, take
 from jaxlm.ops.token_stats.contract import (
     Output,
@@ -44,8 +45,8 @@ from jaxlm.ops.token_stats.head import (
 from jaxlm.ops.token_stats.tiled import tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
-TILE_ELEMENTS = 1 << 23
-"""Logits held at once: 32 MB, few enough to stay small and enough tokens for products at full speed."""
+TILE_ELEMENTS = {"cpu": 1 << 23, "tpu": 1 << 23, "gpu": 1 << 27}
+"""Logits held at once, by platform: few enough to stay small, and enough tokens for products at full speed."""
 
 
 class _Plan(NamedTuple):
@@ -107,7 +108,7 @@ def num_tiles(num_tokens: int, vocab: int) -> int:
     >>> num_tiles(2048, 32_000), num_tiles(100, 8)
     (8, 1)
     """
-    return -(-num_tokens // max(TILE_ELEMENTS // vocab, 64)) or 1
+    return -(-num_tokens // max(TILE_ELEMENTS.get(platform(), 1 << 23) // vocab, 64)) or 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

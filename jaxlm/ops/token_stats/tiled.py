@@ -44,7 +44,7 @@ from jaxlm.ops.token_stats.head import (
 )
 from jaxlm.typing import Array, Bool, Float, Int
 
-TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 1 << 26}
+TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 3 << 24}
 """Logits held at once, by platform: what fits the caches, the vector memory, or fills the device."""
 MOST_BLOCK = {"cpu": 1 << 11, "tpu": 1 << 14, "gpu": 1 << 16}
 """The widest block, by platform: its rows of unembed are held too, on a CPU in the cache."""
