@@ -2,11 +2,14 @@
 
     jaxlm bench token_stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
     jaxlm bench token_stats --dtype bfloat16 --json out.json
+    jaxlm bench token_stats --tokens 8192 --width 4096 --vocab 131072 --dtype bfloat16 --weights bfloat16 --versus torch
     jaxlm bench token_stats --compile-for v5e:2x2 --tokens 8192 --width 4096 --vocab 131072
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
 products that a candidate needs: 2NDV forward; with gradients 6NDV dense and one_pass, 8NDV tiled, which computes the
-logits twice; "half" has half the positions masked and half of that.
+logits twice; "half" has half the positions masked and half of that. --versus torch (on a GPU) adds PyTorch's linear and
+cross_entropy and, where installed, Liger's fused kernel and cut-cross-entropy: they give no entropy, and their temporary
+memory is what their allocator saw, the gradients included.
 
 --compile-for needs no TPU: it compiles `tiled` and `pallas_tpu` for a chip of the named slice, in bfloat16, and shows
 the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in jaxlm/ops/token_stats/BENCHMARKS.md.
@@ -26,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm.bench import ahead
+from jaxlm.bench import ahead, token_stats_torch
 from jaxlm.bench.interleave import interleave, medians
 from jaxlm.ops.token_stats import one_pass_nll, token_stats
 from jaxlm.typing import Array, Float, Int
@@ -56,8 +59,10 @@ class Measurement(NamedTuple):
     max_error: float
 
 
-def make_problem(*, num_tokens: int, width: int, vocab: int, dtype: str, seed: int = 0) -> Problem:
-    """Inputs of the benchmark; unembed stays float32, as master parameters do.
+def make_problem(
+    *, num_tokens: int, width: int, vocab: int, dtype: str, weights: str = "float32", seed: int = 0
+) -> Problem:
+    """Inputs of the benchmark; unembed is float32, as master parameters are, unless `weights` says otherwise.
 
     Its numbers are exact in `dtype`, so that the errors are those of the candidates, not of one rounding they share.
     """
@@ -65,7 +70,7 @@ def make_problem(*, num_tokens: int, width: int, vocab: int, dtype: str, seed: i
     unembed = jax.random.normal(keys[1], (vocab, width)) * width**-0.5
     return Problem(
         hidden=jax.random.normal(keys[0], (num_tokens, width), jnp.dtype(dtype)),
-        unembed=unembed.astype(dtype).astype(jnp.float32),
+        unembed=unembed.astype(dtype).astype(weights),
         targets=jax.random.randint(keys[2], (num_tokens,), 0, vocab),
     )
 
@@ -74,6 +79,13 @@ def log_softmax(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targe
     """What one writes by hand: the logits, their log-softmax, the target's entry."""
     log_probs = jax.nn.log_softmax(_logits(hidden, unembed))
     return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+
+
+def log_softmax_entropy(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targets: Int[Array, "N"]) -> Any:
+    """The same, and the entropy."""
+    log_probs = jax.nn.log_softmax(_logits(hidden, unembed))
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)
+    return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0], entropy
 
 
 def optax_loss(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targets: Int[Array, "N"]) -> Array:
@@ -102,6 +114,7 @@ def _one_pass(hidden: Array, unembed: Array, targets: Array) -> Any:
 
 CANDIDATES: dict[str, LogProb] = {
     BASELINE: log_softmax,
+    "   and entropy": log_softmax_entropy,
     "optax": optax_loss,
     "dense": partial(_ours, "dense", ("logprob",)),
     "tiled": partial(_ours, "tiled", ("logprob",)),
@@ -137,35 +150,46 @@ def exact(problem: Problem, *, rows: int) -> Float[np.ndarray, "R"]:
     return z[np.arange(len(z)), targets] - np.log(np.exp(z).sum(axis=1))
 
 
-def measure(problem: Problem, direction: str, *, rounds: int, truth: Float[np.ndarray, "R"]) -> list[Measurement]:
+def measure(
+    problem: Problem, direction: str, *, rounds: int, truth: Float[np.ndarray, "R"], versus_torch: bool = False
+) -> list[Measurement]:
     """All candidates in one direction, "forward" or "forward+backward", in interleaved rounds."""
     gradients = direction != "forward"
     runs = {name: with_gradients(f) if gradients else f for name, f in CANDIDATES.items()}
     compiled = {name: jax.jit(f).lower(*problem).compile() for name, f in runs.items()}
-    times = medians(interleave({name: partial(f, *problem) for name, f in compiled.items()}, rounds=rounds))
+    calls: dict[str, Callable[[], Any]] = {name: partial(f, *problem) for name, f in compiled.items()}
     temps = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
+    products = {name: PRODUCTS[direction].get(name, 3 if gradients else 1) for name in calls}
+    if versus_torch:
+        for name, rival in token_stats_torch.rivals(*problem, gradients=gradients).items():
+            calls[name], products[name] = rival.call, rival.products[direction]
+            temps[name] = token_stats_torch.measured_temp_bytes(rival.call)
+    times = medians(interleave(calls, rounds=rounds))
     (tokens, width), vocab = problem.hidden.shape, problem.unembed.shape[0]
     lines = []
-    for name, f in compiled.items():
-        logprob = jax.tree.leaves(f(*problem))[0]
-        products = PRODUCTS[direction].get(name, 3 if gradients else 1)
+    for name, call in calls.items():
         lines.append(
             Measurement(
                 direction=direction,
                 candidate=name,
                 time_s=times[name],
                 speedup=times[BASELINE] / times[name],
-                gflop_per_s=2e-9 * products * tokens * width * vocab / times[name],
+                gflop_per_s=2e-9 * products[name] * tokens * width * vocab / times[name],
                 temp_bytes=temps[name],
                 temp_ratio=temps[name] / temps[BASELINE],
-                max_error=_error(np.asarray(logprob[: len(truth)], np.float64), truth, masked=name == "tiled half"),
+                max_error=_error(name, call(), truth, is_loss=name not in compiled),
             )
         )
     return lines
 
 
-def _error(logprob: Float[np.ndarray, "R"], truth: Float[np.ndarray, "R"], *, masked: bool) -> float:
-    kept = slice(None, None, 2) if masked else slice(None)
+def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bool) -> float:
+    """The largest of the first tokens; NaN where only a sum comes out."""
+    first = result.cpu().float().numpy() if is_loss else np.asarray(jax.tree.leaves(result)[0])
+    if not first.ndim:
+        return float("nan")
+    logprob = (-1 if is_loss else 1) * first[: len(truth)].astype(np.float64)
+    kept = slice(None, None, 2) if name == "tiled half" else slice(None)
     return float(np.abs(logprob - truth)[kept].max())
 
 
@@ -181,11 +205,15 @@ def table(lines: list[Measurement]) -> str:
     return "\n".join([head, *rows])
 
 
-def run(*, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, error_rows: int = 64) -> list[Measurement]:
+def run(
+    *, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, weights: str = "float32", error_rows: int = 64,
+    versus_torch: bool = False,
+) -> list[Measurement]:  # fmt: skip
     """Both directions on one problem."""
-    problem = make_problem(num_tokens=num_tokens, width=width, vocab=vocab, dtype=dtype)
-    truth = exact(problem, rows=min(error_rows, num_tokens))
-    return [m for d in ("forward", "forward+backward") for m in measure(problem, d, rounds=rounds, truth=truth)]
+    problem = make_problem(num_tokens=num_tokens, width=width, vocab=vocab, dtype=dtype, weights=weights)
+    options: dict[str, Any] = dict(rounds=rounds, versus_torch=versus_torch)
+    options["truth"] = exact(problem, rows=min(error_rows, num_tokens))
+    return [m for d in ("forward", "forward+backward") for m in measure(problem, d, **options)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +222,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=512, help="D (default %(default)s)")
     parser.add_argument("--vocab", type=int, default=65536, help="V (default %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the hidden states")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the unembedding")
+    parser.add_argument("--versus", choices=["torch", "none"], default="none", help="rivals (default: none)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median counts (default %(default)s)")
     parser.add_argument("--compile-for", metavar="TOPOLOGY", help="a TPU slice to compile for instead, as v5e:2x2")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the measurements to this file")
@@ -204,7 +234,8 @@ def main(args: argparse.Namespace) -> int:
     if args.compile_for:
         return _compile_for(args)
     size = {"num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
-    lines = run(**size, rounds=args.rounds)
+    size["weights"] = args.weights
+    lines = run(**size, rounds=args.rounds, versus_torch=args.versus == "torch")
     device = jax.devices()[0]
     where = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
     print(" ".join(f"{key}={value}" for key, value in (where | size).items()))

@@ -2,10 +2,14 @@
 
     jaxlm bench train --versus torch
     jaxlm bench train --versus torch --dtype bfloat16 --rounds 9 --json out.json
+    jaxlm bench train --dtype bfloat16 --batch 8 --length 4096 --width 2048 --layers 16 --heads 32 --kv-heads 8 \\
+        --mlp-width 8192            # 1.0B parameters: for one GPU of 80 GB
 
 The model is a Llama (about 42M parameters by default) on random tokens: forward, backward, AdamW. The rival is
 transformers' LlamaForCausalLM with sdpa attention and torch's fused AdamW (pip install 'jaxlm[parity]'); in bfloat16 it
-runs under autocast. Both keep float32 parameters and use every core. What counts is the ratio of the medians.
+runs under autocast. Both keep float32 parameters and use every core. What counts is the ratio of the medians. Where the
+chip's peak is known, model FLOPs and MFU are printed with the definition that they are counted by. --trace writes a
+profile of the last step, for TensorBoard or Perfetto.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from jaxlm.bench.interleave import interleave, medians
 from jaxlm.models import decoder
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
+from jaxlm.train.chips import peak_flops
+from jaxlm.train.flops import DEFINITION, flops_per_token
 from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig, make_optimizer
 from jaxlm.train.state import new_state
@@ -48,16 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="heads of keys and values (default: as many as --heads)")
     parser.add_argument("--mlp-width", type=int, default=1376)
+    parser.add_argument(
+        "--remat", choices=("none", "full", "dots", "dots_no_batch"), default="none", help="what is recomputed"
+    )
+    parser.add_argument("--trace", metavar="FOLDER", help="write a profile of one more step of jaxlm there")
     parser.add_argument("--json", metavar="OUT", help="write the figures there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints a line per framework, and writes JSON if asked."""
     cfg = DecoderConfig(
-        vocab_size=args.vocab, width=args.width, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.heads,
-        head_dim=args.width // args.heads, mlp_width=args.mlp_width, max_length=args.length, dtype=args.dtype,
-        scan_layers=False,
+        vocab_size=args.vocab, width=args.width, num_layers=args.layers, num_heads=args.heads,
+        num_kv_heads=args.kv_heads or args.heads, head_dim=args.width // args.heads, mlp_width=args.mlp_width,
+        max_length=args.length, dtype=args.dtype, remat=args.remat, scan_layers=False,
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.length + 1))
     steps: dict[str, Callable[[], Any]] = {"jaxlm": jaxlm_step(cfg, tokens)}
@@ -69,6 +80,10 @@ def main(args: argparse.Namespace) -> int:
     for name, seconds in middle.items():
         low, high = min(times[name]), max(times[name])
         print(f"{name:6} {per_step / seconds:9,.0f} tokens/s   {seconds:.3f} s a step ({low:.3f} to {high:.3f})")
+    mfu = print_mfu(cfg, per_step / middle["jaxlm"])
+    if args.trace:
+        with jax.profiler.trace(args.trace):
+            jax.block_until_ready(steps["jaxlm"]())
     ratio = middle["torch"] / middle["jaxlm"] if "torch" in middle else None
     if ratio is not None:
         print(f"jaxlm / torch: {ratio:.2f} times the tokens per second ({args.dtype}, {os.cpu_count()} cores)")
@@ -78,10 +93,27 @@ def main(args: argparse.Namespace) -> int:
             "seconds": times,
             "median_s": middle,
             "ratio": ratio,
+            "mfu": mfu,
             "versions": _versions(),
         }
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def print_mfu(cfg: DecoderConfig, tokens_per_s: float) -> float | None:
+    """Prints the model FLOP/s and MFU of a rate; None where the device's peak is not known."""
+    device, peak = jax.devices()[0], peak_flops()
+    if peak is None:
+        return None
+    per_token = flops_per_token(
+        decoder.spec(cfg), sequence_length=cfg.max_length, num_layers=cfg.num_layers, num_heads=cfg.num_heads,
+        head_dim=cfg.head_dim,
+    )  # fmt: skip
+    rate = tokens_per_s * per_token
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+    print(f"{rate / 1e12:.0f} TFLOP/s, MFU {rate / peak:.1%} of {peak / 1e12:.0f} on {device.device_kind}, ", end="")
+    print(f"at most {memory:.1f} GiB. {DEFINITION}")
+    return rate / peak
 
 
 def _plain(args: argparse.Namespace) -> dict[str, Any]:

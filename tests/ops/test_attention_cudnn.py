@@ -1,4 +1,4 @@
-"""cuDNN's attention: what goes to it, what is refused, and, where there is a GPU, that it gives the reference's values."""
+"""cuDNN's attention: what goes to it, what is refused, and, where there is a GPU, the reference's values from it."""
 
 import jax
 import jax.numpy as jnp

@@ -40,7 +40,7 @@ def attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, scale: float,
     window: int | None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
-    """Causal attention of rows in order; see `jaxlm.ops.attention.attention`. Deterministic or not is cuDNN's choice."""
+    """Causal attention of rows in order; arguments as in `jaxlm.ops.attention.attention`."""
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn",
         local_window_size=None if window is None else (window - 1, 0),
