@@ -7,9 +7,9 @@
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
 products that a candidate needs: 2NDV forward; with gradients 6NDV dense and one_pass, 8NDV tiled, which computes the
-logits twice; "half" has half the positions masked and half of that. --versus torch (on a GPU) adds PyTorch's linear and
-cross_entropy and, where installed, Liger's fused kernel and cut-cross-entropy: they give no entropy, and their temporary
-memory is what their allocator saw, the gradients included.
+logits twice; "half" has half the positions masked and half of that. --versus torch (on a GPU) adds PyTorch's linear
+and cross_entropy and, where installed, Liger's fused kernel and cut-cross-entropy: they give no entropy, and their
+temporary memory is what their allocator saw, the gradients included.
 
 --compile-for needs no TPU: it compiles `tiled` and `pallas_tpu` for a chip of the named slice, in bfloat16, and shows
 the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in jaxlm/ops/token_stats/BENCHMARKS.md.
