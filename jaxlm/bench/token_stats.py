@@ -119,11 +119,13 @@ CANDIDATES: dict[str, LogProb] = {
     "dense": partial(_ours, "dense", ("logprob",)),
     "tiled": partial(_ours, "tiled", ("logprob",)),
     "tiled+entropy": partial(_ours, "tiled", ("logprob", "entropy")),
-    "tiled half": _half,
+    "half": _half,
     "one_pass": _one_pass,
 }
+GPU_CANDIDATES: dict[str, LogProb] = {"mosaic_gpu": partial(_ours, "mosaic_gpu", ("logprob", "entropy"))}
+"""With the entropy; bfloat16 only."""
 PRODUCTS: dict[str, dict[str, float]] = {
-    "forward": {"tiled half": 0.5}, "forward+backward": {"tiled": 4, "tiled+entropy": 4, "tiled half": 2},
+    "forward": {"half": 0.5}, "forward+backward": {"tiled": 4, "tiled+entropy": 4, "half": 2, "mosaic_gpu": 4},
 }  # fmt: skip
 """Products of N D V each, 2 FLOP an entry, where they are not 1 forward and 3 with gradients."""
 
@@ -155,7 +157,8 @@ def measure(
 ) -> list[Measurement]:
     """All candidates in one direction, "forward" or "forward+backward", in interleaved rounds."""
     gradients = direction != "forward"
-    runs = {name: with_gradients(f) if gradients else f for name, f in CANDIDATES.items()}
+    kernels = GPU_CANDIDATES if problem.hidden.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" else {}
+    runs = {name: with_gradients(f) if gradients else f for name, f in (CANDIDATES | kernels).items()}
     compiled = {name: jax.jit(f).lower(*problem).compile() for name, f in runs.items()}
     calls: dict[str, Callable[[], Any]] = {name: partial(f, *problem) for name, f in compiled.items()}
     temps = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
@@ -189,7 +192,7 @@ def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bo
     if not first.ndim:
         return float("nan")
     logprob = (-1 if is_loss else 1) * first[: len(truth)].astype(np.float64)
-    kept = slice(None, None, 2) if name == "tiled half" else slice(None)
+    kept = slice(None, None, 2) if name == "half" else slice(None)
     return float(np.abs(logprob - truth)[kept].max())
 
 

@@ -23,6 +23,7 @@ from jaxlm.ops.token_stats.contract import (
     silence,
 )
 from jaxlm.ops.token_stats.dense import dense, from_logits
+from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.one_pass import one_pass_nll
 from jaxlm.ops.token_stats.sharded import token_stats_sharded
 from jaxlm.ops.token_stats.tiled import tiled
@@ -40,7 +41,8 @@ __all__ = [
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "dense": dense,
     "tiled": tiled,
-    "pallas_tpu": partial(tiled, kernel=True),
+    "pallas_tpu": partial(tiled, kernel="pallas_tpu"),
+    "mosaic_gpu": partial(tiled, kernel="mosaic_gpu"),
 }
 """Every implementation by name; all give the same numbers."""
 
@@ -66,7 +68,8 @@ def token_stats(
     block). targets: [...] integers in [0, V). mask: [...] boolean, True keeps (None: all). bias: [V]; -inf forbids an
     entry. temperature: a scalar above 0. soft_cap: a number above 0, or None. outputs: any of "logprob", "entropy",
     "logsumexp". implementation: "tiled", "dense", "pallas_tpu" (a kernel for the forward pass on TPUs, interpreted
-    elsewhere; no bias, no float64), or None for the best one on this platform.
+    elsewhere; no bias, no float64), "mosaic_gpu" (one for Hopper GPUs, bfloat16, no bias, no soft-cap), or None for the
+    best one for this platform and these arguments.
 
     Result: `TokenStats(logprob, entropy, logsumexp)`, each [...] in nats, float32; None where not asked for, and free.
     logprob <= 0 and entropy >= 0 exactly. Differentiable in hidden, unembed and bias through all three outputs, not in
@@ -75,8 +78,8 @@ def token_stats(
     Numerics: products accumulate in float32 and everything after is float32 (float64 for float64 operands under x64);
     the gradient of a float32 unembed is accumulated and returned in float32 even when hidden is bfloat16. A masked
     position gives exactly 0 and a zero gradient whatever stands there, NaN included; a target outside [0, V) that is
-    not masked gives logprob -inf. `tiled` recomputes the logits in the backward pass and supports reverse mode to any
-    order, `pallas_tpu` to the first; forward mode (jvp, jacfwd) needs `dense`. Those two skip masked tokens: they cost
+    not masked gives logprob -inf. `tiled` and the kernels recompute the logits in the backward pass and support
+    reverse mode to any order; forward mode (jvp, jacfwd) needs `dense`. All but `dense` skip masked tokens: they cost
     what the kept ones do. That moves tokens, so on a mesh use `token_stats_sharded`, which does it on each device.
 
     Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, Algorithm 3; the fusion with the unembedding,
@@ -88,9 +91,9 @@ def token_stats(
     >>> print(stats.logprob.round(3), stats.entropy.round(3), stats.logsumexp)  # log 4 = 1.386
     [-1.386  0.   ] [1.386 0.   ] None
     """
-    run = _implementation(implementation)
     targets = jnp.asarray(targets)
     check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
+    run = _implementation(implementation or _best(platform(), Head(hidden, unembed, bias, None), soft_cap))
     stats = run(
         blank(hidden, mask).reshape(-1, hidden.shape[-1]),
         unembed,
@@ -134,17 +137,28 @@ def token_stats_from_logits(
     return silence(jax.tree.map(lambda x: x.reshape(targets.shape), stats), mask)
 
 
-def _implementation(name: str | None) -> Implementation:
-    if name is None:
-        name = _best(platform())
+def _implementation(name: str) -> Implementation:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, or None, found {name!r}")
     return IMPLEMENTATIONS[name]
 
 
+def _best(platform_name: str, head: Head, soft_cap: float | None) -> str:
+    """The kernel on one Hopper GPU where it can be had, else `tiled`: BENCHMARKS.md; each logged once."""
+    if platform_name != "gpu" or not _one_hopper():
+        return _announced(platform_name, "tiled")
+    from jaxlm.ops.token_stats import mosaic_gpu  # importing it costs more than all else of this package
+
+    return _announced(platform_name, "tiled" if mosaic_gpu.obstacle(head, soft_cap) else "mosaic_gpu")
+
+
+def _one_hopper() -> bool:
+    """A kernel is not split over a mesh: with several devices XLA would gather its operands onto each."""
+    devices = jax.devices()
+    return len(devices) == 1 and str(getattr(devices[0], "compute_capability", "")) == "9.0"
+
+
 @cache
-def _best(platform_name: str) -> str:
-    """The implementation for a platform, logged the first time it is chosen."""
-    name = "tiled"
+def _announced(platform_name: str, name: str) -> str:
     logging.getLogger(__name__).info("token_stats on %s: implementation %r", platform_name, name)
     return name

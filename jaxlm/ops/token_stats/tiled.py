@@ -16,9 +16,10 @@ and a common offset of the logits costs no digits. Backward recomputes z; with c
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ MOST_TILES = 16
 """Into how many tiles tokens are cut where masked ones are skipped: what is rounded up is a sixteenth at most."""
 
 
+Kernel = Literal["pallas_tpu", "mosaic_gpu"]
+
+
 class _Plan(NamedTuple):
     """What is fixed at trace time."""
 
@@ -62,7 +66,7 @@ class _Plan(NamedTuple):
     block: int
     rows: int
     axis: str | None
-    kernel: bool
+    kernel: Kernel | None
 
 
 def tiled(
@@ -78,14 +82,14 @@ def tiled(
     block: int | None = None,
     rows: int | None = None,
     axis: str | None = None,
-    kernel: bool = False,
+    kernel: Kernel | None = None,
 ) -> TokenStats:
     """Statistics of N tokens, tile by tile.
 
     mask: tokens that are not kept are skipped, and what comes out for them means nothing. block: entries of the
     vocabulary at once; rows: tokens at once (None: by N, platform and whether there is a mask). axis: the mesh axis
     over which the vocabulary is split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets
-    count from its first entry. kernel: the forward pass is that of `jaxlm.ops.token_stats.pallas_tpu`.
+    count from its first entry. kernel: the module of this package whose forward pass is taken.
 
     Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
     everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
@@ -137,18 +141,41 @@ def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, 
 
 def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> tuple[TokenStats, Any]:
     vocab = head.unembed.shape[0]
-    if plan.kernel:
-        from jaxlm.ops.token_stats import pallas_tpu  # importing it costs more than all else of this package
-
-        sums = pallas_tpu.sums(head, targets, count, soft_cap=plan.soft_cap, entropy="entropy" in plan.outputs)
-    else:
-        step = partial(_accumulate, plan, head, targets, count)
-        sums = _over_vocabulary(step, _empty_sums(plan, head), vocab, plan.block)
+    sums = (_streamed if plan.kernel is None else _in_kernel)(plan, head, targets, count)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
         sums, known = _join(sums, known, plan.axis)
     stats, log_total, shift = finish(sums, known, plan.outputs)
     return stats, (head, targets, count, known, sums.maximum, log_total, shift)
+
+
+def _streamed(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
+    step = partial(_accumulate, plan, head, targets, count)
+    return _over_vocabulary(step, _empty_sums(plan, head), head.unembed.shape[0], plan.block)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _in_kernel(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
+    # Importing one costs more than all else of this package.
+    module = importlib.import_module(f"jaxlm.ops.token_stats.{plan.kernel}")
+    options = dict(soft_cap=plan.soft_cap, entropy="entropy" in plan.outputs)
+
+    @jax.custom_batching.sequential_vmap
+    def sums(head: Head, targets: Array, count: Array | None) -> Sums:
+        return module.sums(head, targets, count, **options)
+
+    return _known_target(plan, sums(head, targets, count))
+
+
+@_in_kernel.defjvp
+def _in_kernel_jvp(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Sums, Sums]:
+    """Met by second derivatives only: those of the streamed form."""
+    head, targets, count = primals
+    return jax.jvp(lambda head: _streamed(plan, head, targets, count), (head,), (tangents[0],))
+
+
+def _known_target(plan: _Plan, sums: Sums) -> Sums:
+    return sums if "logprob" in plan.outputs else sums._replace(target=None)
 
 
 def _empty_sums(plan: _Plan, head: Head) -> Sums:

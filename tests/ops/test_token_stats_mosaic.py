@@ -1,0 +1,140 @@
+"""The Hopper kernel: float64's numbers, interpreted on CPUs and compiled where there is such a GPU."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.ops import token_stats as function
+from jaxlm.ops.token_stats import mosaic_gpu, token_stats
+from jaxlm.ops.token_stats.head import Head
+
+ALL = ("logprob", "entropy", "logsumexp")
+pytestmark = pytest.mark.skipif(not mosaic_gpu.supported(), reason="needs jax 0.11 or newer")
+
+
+def problem(n, v, d=64, dtype=jnp.bfloat16, scale=1.0):
+    keys = jax.random.split(jax.random.key(n + v), 3)
+    unembed = (scale * d**-0.5 * jax.random.normal(keys[1], (v, d))).astype(dtype)
+    return jax.random.normal(keys[0], (n, d), dtype), unembed, jax.random.randint(keys[2], (n,), 0, v)
+
+
+def exact(hidden, unembed, targets, *, temperature=1.0):
+    """In numpy, in float64, on the same numbers."""
+    z = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T / temperature
+    m = z.max(axis=1, keepdims=True)
+    log_p = z - m - np.log(np.exp(z - m).sum(axis=1, keepdims=True))
+    return log_p[np.arange(len(z)), np.asarray(targets)], -(np.exp(log_p) * log_p).sum(axis=1), (z - log_p)[:, 0]
+
+
+def largest_logit(hidden, unembed):
+    return max(1, np.abs(np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T).max())
+
+
+kernel = partial(token_stats, outputs=ALL, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("n, v", [(1, 264), (256, 256), (300, 8), (300, 520)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_values_at_ragged_edges_are_within_the_bound_of_their_inputs(n, v, scale):
+    arrays = problem(n, v, scale=scale)
+    got = kernel(*arrays)
+    for a, b in zip(got, exact(*arrays)):
+        np.testing.assert_allclose(a, b, atol=2e-5 * largest_logit(*arrays[:2]), rtol=0)
+    assert (got.logprob <= 0).all() and (got.entropy >= 0).all()
+
+
+def test_an_offset_of_all_logits_costs_no_digits():
+    hidden, unembed, targets = problem(256, 512)
+    hidden, unembed = hidden.at[:, 0].set(1), unembed.at[:, 0].set(1024)
+    got = kernel(hidden, unembed, targets)
+    for a, b in zip(got[:2], exact(hidden, unembed, targets)):
+        np.testing.assert_allclose(a, b, atol=2e-3, rtol=0)  # one float32 rounding of 1024 is 1.2e-4
+
+
+def test_temperature_and_float32_masters():
+    hidden, unembed, targets = problem(256, 264)
+    got = kernel(hidden, unembed.astype(jnp.float32), targets, temperature=0.3)
+    for a, b in zip(got, exact(hidden, unembed, targets, temperature=0.3)):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0)
+
+
+def test_masked_tokens_and_targets_outside_the_vocabulary():
+    hidden, unembed, targets = problem(600, 264)
+    mask = np.arange(600) % 3 == 0
+    blanked = jnp.where(mask[:, None], hidden, jnp.nan), unembed, jnp.where(mask, targets, -9)
+    got = kernel(*blanked, mask=jnp.asarray(mask))
+    for a, b in zip(got, exact(hidden, unembed, targets)):
+        np.testing.assert_allclose(np.asarray(a)[mask], b[mask], atol=1e-4)
+        assert not np.asarray(a)[~mask].any()
+    outside = kernel(hidden[:2], unembed, jnp.array([264, -1]))
+    assert np.asarray(outside.logprob).tolist() == [-np.inf, -np.inf] and np.isfinite(outside.entropy).all()
+
+
+def test_what_is_not_computed_is_neutral():
+    hidden, unembed, targets = problem(600, 264)
+    sums = mosaic_gpu.sums(Head(hidden, unembed, None, None), targets, jnp.int32(100), soft_cap=None, entropy=True)
+    assert not np.asarray(sums.maximum)[100:].any() and (np.asarray(sums.exp)[100:] >= 1).all()
+
+
+def gradients(implementation, arrays, mask=None):
+    hidden, unembed, targets = arrays
+
+    def total(hidden, unembed):
+        stats = token_stats(
+            hidden, unembed, targets, mask=mask, temperature=0.7, outputs=ALL, implementation=implementation
+        )
+        return sum(jnp.sum(jnp.sin(jnp.arange(len(hidden)) + i) * x) for i, x in enumerate(stats))
+
+    return total, jax.jit(jax.grad(total, (0, 1)))(hidden, unembed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_tiled(masked):
+    arrays = problem(520, 264)
+    mask = jnp.arange(520) % 4 == 0 if masked else None
+    for a, b in zip(*(gradients(name, arrays, mask)[1] for name in ("mosaic_gpu", "tiled"))):
+        assert np.linalg.norm(np.float32(a) - np.float32(b)) <= 4e-3 * np.linalg.norm(np.float32(b))
+
+
+def test_second_derivatives_and_vmap_are_those_of_tiled():
+    hidden, unembed, targets = problem(2, 16)
+
+    def curvature(name):
+        total, _ = gradients(name, (hidden, unembed, targets))
+        return jax.jit(lambda h: jax.jvp(jax.grad(total), (h, unembed), (h, unembed))[1])(hidden)
+
+    a, b = (np.float32(curvature(name)) for name in ("mosaic_gpu", "tiled"))
+    assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+    both = jnp.stack([hidden, 2 * hidden])
+    stats = partial(token_stats, unembed=unembed, targets=targets)
+    a, b = (jax.vmap(partial(stats, implementation=name))(both) for name in ("mosaic_gpu", "tiled"))
+    np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"soft_cap": 3.0}, "no soft-cap"), ({"d": 40}, "multiple of 64"), ({"v": 100}, "not 64 and 100"),
+        ({"dtype": jnp.float32}, "not float32"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_do_is_refused(options, match):
+    soft_cap = options.pop("soft_cap", None)
+    with pytest.raises(ValueError, match=f"{match}.*use implementation='tiled'"):
+        kernel(*problem(8, options.pop("v", 64), **options), soft_cap=soft_cap)
+
+
+def test_it_is_chosen_on_one_hopper_gpu(monkeypatch):
+    module = sys.modules[function.__module__]
+    hidden, unembed, _ = problem(8, 64)
+    monkeypatch.setattr(module, "_one_hopper", lambda: True)
+    assert module._best("gpu", Head(hidden, unembed, None, None), None) == "mosaic_gpu"
+    assert module._best("gpu", Head(hidden, unembed, None, None), 30.0) == "tiled"
+    monkeypatch.setattr(module, "_one_hopper", lambda: False)
+    assert module._best("gpu", Head(hidden, unembed, None, None), None) == "tiled"
