@@ -93,13 +93,13 @@ def _joined(maximum: Array, exp: Array, shifted: Array, target: Array, *, entrop
 
 
 def default_splits(num_tokens: int, vocab: int) -> int:
-    """Into how many parts the vocabulary is cut so that few tokens, too, keep every core busy.
+    """Into how many parts the vocabulary is cut: enough that few tokens, or few that count, still keep all cores busy.
 
     >>> default_splits(8192, 131072), default_splits(256, 131072), default_splits(256, 300)
-    (2, 66, 2)
+    (33, 66, 2)
     """
     clusters = CORES // CLUSTER
-    return min(max(clusters // -(-num_tokens // TOKENS), 1), -(-vocab // VOCAB))
+    return min(max(clusters // 2, clusters // -(-num_tokens // TOKENS)), -(-vocab // VOCAB))
 
 
 def _call(
@@ -146,10 +146,13 @@ def _kernel(hidden, unembed, targets, number, scale, out, *, splits: int, entrop
     def run(buffers, state):
         group = jax.lax.axis_index("group")
 
-        # Blocks of tokens behind the last one that counts are not items at all.
-        @plgpu.nd_loop((pl.cdiv(number[0], TOKENS) * splits,), collective_axes="cluster")
+        # Blocks of tokens behind the last one that counts are not items at all. Splits are taken one after the other,
+        # so that the clusters share the part of the vocabulary that is in the cache.
+        blocks = pl.cdiv(number[0], TOKENS)
+
+        @plgpu.nd_loop((blocks * splits,), collective_axes="cluster")
         def _item(info):
-            split, block = info.index[0] % splits, info.index[0] // splits
+            split, block = info.index[0] // blocks, info.index[0] % blocks
             start = (block * CLUSTER + jax.lax.axis_index("block")) * GROUPS * GROUP
             mine = pl.ds(start + group * GROUP, GROUP)
 
