@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.ops import token_stats as token_stats_eager
-from jaxlm.ops.token_stats import _best, token_stats_from_logits
+from jaxlm.ops.token_stats import _announced, token_stats_from_logits
 from jaxlm.ops.token_stats.tiled import default_block, tiled
 
 ALL = ("logprob", "entropy", "logsumexp")
@@ -277,7 +277,7 @@ def test_errors_say_what_to_change(change, message):
 
 
 def test_the_choice_is_logged_once(caplog):
-    _best.cache_clear()
+    _announced.cache_clear()
     hidden, unembed, targets = problem(3, 8, 21)
     with caplog.at_level(logging.INFO, logger="jaxlm.ops.token_stats"):
         token_stats_eager(hidden, unembed, targets)
