@@ -114,7 +114,7 @@ def _one_pass(hidden: Array, unembed: Array, targets: Array) -> Any:
 
 CANDIDATES: dict[str, LogProb] = {
     BASELINE: log_softmax,
-    "   and entropy": log_softmax_entropy,
+    "log_softmax+entropy": log_softmax_entropy,
     "optax": optax_loss,
     "dense": partial(_ours, "dense", ("logprob",)),
     "tiled": partial(_ours, "tiled", ("logprob",)),
@@ -199,9 +199,9 @@ def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bo
 def table(lines: list[Measurement]) -> str:
     """The measurements as a person reads them."""
     names = ("ms", "speed-up", "GFLOP/s", "temp MiB", "ratio", "max error")
-    head = f"{'':17}{'candidate':15}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 10, 8, 11)))
+    head = f"{'':17}{'candidate':20}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 10, 8, 11)))
     rows = [
-        f"{m.direction:17}{m.candidate:15}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.gflop_per_s:9.1f}"
+        f"{m.direction:17}{m.candidate:20}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.gflop_per_s:9.1f}"
         f"{m.temp_bytes / 2**20:10.1f}{m.temp_ratio:8.3f}{m.max_error:11.1e}"
         for m in lines
     ]
@@ -236,9 +236,14 @@ def main(args: argparse.Namespace) -> int:
     """Measures or compiles, prints the table, writes the JSON."""
     if args.compile_for:
         return _compile_for(args)
-    size = {"num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype}
-    size["weights"] = args.weights
-    lines = run(**size, rounds=args.rounds, versus_torch=args.versus == "torch")
+    versus_torch = args.versus == "torch"
+    if versus_torch:
+        token_stats_torch.check_available()
+    size = {
+        "num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype,
+        "weights": args.weights,
+    }  # fmt: skip
+    lines = run(**size, rounds=args.rounds, versus_torch=versus_torch)
     device = jax.devices()[0]
     where = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
     print(" ".join(f"{key}={value}" for key, value in (where | size).items()))

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxlm.typing import Array
@@ -24,14 +25,23 @@ class Rival(NamedTuple):
     products: dict[str, int]
 
 
-def rivals(hidden: Array, unembed: Array, targets: Array, *, gradients: bool) -> dict[str, Rival]:
-    """Those that are installed; ValueError without PyTorch or a GPU that it sees."""
+def check_available() -> None:
+    """ValueError without PyTorch or a GPU that it and JAX see."""
     if importlib.util.find_spec("torch") is None:
         raise ValueError("--versus torch needs PyTorch with CUDA: pip install torch")
     import torch
 
-    if not torch.cuda.is_available():
-        raise ValueError("--versus torch compares on a GPU, and PyTorch sees none")
+    if not torch.cuda.is_available() or jax.default_backend() != "gpu":
+        raise ValueError(
+            "--versus torch compares on a GPU that both JAX and PyTorch see; found "
+            f"{jax.default_backend()} for JAX, {'a' if torch.cuda.is_available() else 'no'} GPU for PyTorch"
+        )
+
+
+def rivals(hidden: Array, unembed: Array, targets: Array, *, gradients: bool) -> dict[str, Rival]:
+    """Those that are installed, on the arrays themselves."""
+    import torch
+
     h, w = (torch.from_dlpack(x.astype(hidden.dtype)).requires_grad_(gradients) for x in (hidden, unembed))
     t = torch.tensor(np.asarray(targets), device=h.device, dtype=torch.long)
 

@@ -60,3 +60,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert "vocab=50" in table[0] and len(table) == 2 + 2 * len(bench.CANDIDATES)
     written = json.loads(out.read_text())
     assert written["vocab"] == 50 and [m["candidate"] for m in written["measurements"]] == 2 * list(bench.CANDIDATES)
+
+
+def test_rivals_of_a_gpu_are_refused_without_one_before_anything_is_measured():
+    from jaxlm.bench import token_stats_torch
+
+    with pytest.raises(ValueError, match="--versus torch (compares on a GPU|needs PyTorch)"):
+        token_stats_torch.check_available()

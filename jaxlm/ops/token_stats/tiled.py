@@ -164,7 +164,8 @@ def _in_kernel(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
     def sums(head: Head, targets: Array, count: Array | None) -> Sums:
         return module.sums(head, targets, count, **options)
 
-    return _known_target(plan, sums(head, targets, count))
+    found = sums(head, targets, count)
+    return found if "logprob" in plan.outputs else found._replace(target=None)
 
 
 @_in_kernel.defjvp
@@ -172,10 +173,6 @@ def _in_kernel_jvp(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Sums, 
     """Met by second derivatives only: those of the streamed form."""
     head, targets, count = primals
     return jax.jvp(lambda head: _streamed(plan, head, targets, count), (head,), (tangents[0],))
-
-
-def _known_target(plan: _Plan, sums: Sums) -> Sums:
-    return sums if "logprob" in plan.outputs else sums._replace(target=None)
 
 
 def _empty_sums(plan: _Plan, head: Head) -> Sums:
