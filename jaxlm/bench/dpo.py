@@ -2,18 +2,24 @@
 
     jaxlm bench dpo --versus trl
     jaxlm bench dpo --versus trl --rounds 3 --no-memory --json out.json
+    jaxlm bench dpo --versus trl --liger --dtype bfloat16 --width 2048 --layers 16 --heads 32 --kv-heads 8 \\
+      --mlp-width 8192 --length 1024                                                       (on a GPU: 1.0B parameters)
 
-A Llama (about 42M parameters by default), pairs of random tokens and ragged lengths, float32, AdamW, beta 0.1. All
-start from the same weights and read the same pairs; each first loss must be log 2, and all must agree to 1e-4:
+A Llama (about 42M parameters by default), pairs of random tokens and ragged lengths, AdamW on float32 weights, beta
+0.1; products in float32, or with --dtype bfloat16 in that (TRL by autocast). All start from the same weights and read
+the same pairs; each first loss must be log 2, and all must agree, to 1e-4 in float32 and 2e-2 in bfloat16:
 
     jaxlm            as the recipe `dpo` does it: pairs packed into rows, the reference's log-probabilities cached
     jaxlm live       the reference computed in the step
     trl              trl.DPOTrainer's training_step and optimizer, no gradient checkpointing (pip install
                      'jaxlm[parity]'): padded to the longest, the reference computed in the step, its default
     trl precomputed  the same with precompute_ref_log_probs=True
+    trl liger        in the place of trl with --liger: use_liger_kernel=True, its fused head and loss and fused layers,
+                     which take the reference in the step only
 
-Memory (Linux) is taken in a fresh process per contestant: the peak resident set over its second step, less the resident
-set before that step ("a step"), and less that after the imports ("in all": also weights, moments, compiled programs).
+Memory is taken in a fresh process per contestant. On a CPU (Linux): the peak resident set over its second step, less
+the resident set before that step ("a step"), and less that after the imports ("in all": also weights, moments, compiled
+programs). On a GPU: the peak of what its framework has allocated over two steps ("in all").
 """
 
 from __future__ import annotations
@@ -55,8 +61,9 @@ from jaxlm.train.reference import make_score_step
 from jaxlm.train.state import new_state
 from jaxlm.train.step import make_train_step
 
-BETA, TOLERANCE = 0.1, 1e-4
+BETA, TOLERANCE = 0.1, {"float32": 1e-4, "bfloat16": 2e-2}
 OPTIM = OptimConfig(learning_rate=1e-6, b2=0.999, schedule="constant", weight_decay=0.0, clip_norm=None)
+PACKAGES = ("jax", "torch", "transformers", "trl", "liger_kernel")
 
 Step = Callable[[], float]
 """Takes a training step and returns its loss."""
@@ -79,14 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step (default 8)")
     parser.add_argument("--length", type=int, default=512, help="most tokens of a response with its prompt (512)")
     parser.add_argument("--row-length", type=int, help="tokens of a packed row (default: what pads these pairs least)")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32", help="of products (default float32)")
+    parser.add_argument("--liger", action="store_true", help="TRL's live row with Liger's kernels (needs a GPU)")
     for name, size in (("vocab", 32_000), ("width", 512), ("layers", 8), ("heads", 8), ("mlp-width", 1376)):
         parser.add_argument(f"--{name}", type=int, default=size, help=f"of the model (default {size:,})")
+    parser.add_argument("--kv-heads", type=int, help="of the model (default: --heads)")
     parser.add_argument("--json", metavar="OUT", help="write the figures there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, checks, prints a line per contestant and per comparison, and writes JSON if asked."""
-    names = [name for name in CONTESTANTS if args.versus == "trl" or name.startswith("jaxlm")]
+    names = contestants(args)
     losses: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         problem = make_problem(args, Path(folder))
@@ -95,13 +105,25 @@ def main(args: argparse.Namespace) -> int:
         steps = {name: recorded(CONTESTANTS[name](problem), losses[name]) for name in names}
         times = interleave(steps, rounds=args.rounds)
     print(report(times, memory, args.pairs))
-    print(check(losses))
+    print(check(losses, TOLERANCE[args.dtype]))
     if args.json:
-        versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("jax", "torch", "trl")}
+        versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
         figures = {"arguments": {k: v for k, v in vars(args).items() if k != "main"}, "layout": layout(problem)}
         figures |= {"seconds": times, "median_s": medians(times), "memory_bytes": memory, "losses": losses}
         Path(args.json).write_text(json.dumps(figures | {"versions": versions}, indent=2) + "\n")
     return 0
+
+
+def contestants(args: argparse.Namespace) -> list[str]:
+    """The names of those that run; ValueError where Liger's kernels are asked for and cannot."""
+    if args.liger and (args.versus != "trl" or jax.default_backend() != "gpu"):
+        raise ValueError(
+            f"--liger needs --versus trl and a GPU, found --versus {args.versus} on {jax.default_backend()}: Liger's "
+            "kernels are Triton's"
+        )
+    ours = [name for name in CONTESTANTS if name.startswith("jaxlm")]
+    theirs = ["trl liger" if args.liger else "trl", "trl precomputed"]
+    return ours + (theirs if args.versus == "trl" else [])
 
 
 def report(times: dict[str, list[float]], memory: dict[str, dict[str, int]], pairs: int) -> str:
@@ -111,7 +133,8 @@ def report(times: dict[str, list[float]], memory: dict[str, dict[str, int]], pai
         peaks = "".join(f"   {size / 1e6:,.0f} MB {what}" for what, size in memory.get(name, {}).items())
         span = f"{middle[name]:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f})"
         lines.append(f"{name:15} {pairs / middle[name]:6.2f} pairs/s   {span}{peaks}")
-    for ours, theirs in (("jaxlm", "trl"), ("jaxlm live", "trl"), ("jaxlm", "trl precomputed")):
+    rivals = [name for name in times if name.startswith("trl")]
+    for ours, theirs in (*(("jaxlm", name) for name in rivals), *(("jaxlm live", name) for name in rivals[:-1])):
         if theirs in times:
             ratios = {what: size / memory[theirs][what] for what, size in memory.get(ours, {}).items()}
             peaks = "".join(f", {ratio:.2f} times the MB {what}" for what, ratio in ratios.items())
@@ -122,8 +145,9 @@ def report(times: dict[str, list[float]], memory: dict[str, dict[str, int]], pai
 def make_problem(args: argparse.Namespace, folder: Path) -> Problem:
     """Random weights in the folder, and random pairs: prompts of 1/32 to 3/8 of the length, completions 1/64 to 5/8."""
     cfg = DecoderConfig(
-        vocab_size=args.vocab, width=args.width, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.heads,
-        head_dim=args.width // args.heads, mlp_width=args.mlp_width, max_length=args.length, scan_layers=False,
+        vocab_size=args.vocab, width=args.width, num_layers=args.layers, num_heads=args.heads,
+        num_kv_heads=args.kv_heads or args.heads, head_dim=args.width // args.heads,
+        mlp_width=args.mlp_width, max_length=args.length, scan_layers=False, dtype=args.dtype,
     )  # fmt: skip
     params = jax.jit(partial(specs.init, spec=decoder.spec(cfg)))(jax.random.key(0))
     hf.save(folder / "weights", params, cfg, family="llama")
@@ -190,7 +214,7 @@ def jaxlm_step(problem: Problem, *, live: bool) -> Step:
     return run
 
 
-def trl_step(problem: Problem, *, precompute: bool) -> Step:
+def trl_step(problem: Problem, *, precompute: bool = False, liger: bool = False) -> Step:
     """The same by the trainer's `training_step` and its optimizer; ValueError if TRL is not installed."""
     try:
         import datasets
@@ -208,7 +232,8 @@ def trl_step(problem: Problem, *, precompute: bool) -> Step:
             return dataset  # tokens already
 
     settings: dict[str, Any] = dict(
-        output_dir=str(problem.weights.with_name("trl")), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        output_dir=str(problem.weights.with_name("trl")), use_cpu=jax.default_backend() == "cpu",
+        bf16=problem.cfg.dtype == "bfloat16", gradient_checkpointing=False, use_liger_kernel=liger,
         report_to="none", save_strategy="no", disable_tqdm=True, per_device_train_batch_size=len(problem.pairs),
         beta=BETA, precompute_ref_log_probs=precompute, optim="adamw_torch_fused", learning_rate=OPTIM.learning_rate,
         adam_beta1=OPTIM.b1, adam_beta2=OPTIM.b2, adam_epsilon=OPTIM.eps, weight_decay=OPTIM.weight_decay,
@@ -216,7 +241,9 @@ def trl_step(problem: Problem, *, precompute: bool) -> Step:
     fields = ("prompt_ids", "chosen_ids", "rejected_ids")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}))  # to say what pads, and no more
     trainer = Trainer(
-        transformers.LlamaForCausalLM.from_pretrained(problem.weights, attn_implementation="sdpa"),
+        transformers.LlamaForCausalLM.from_pretrained(
+            problem.weights, attn_implementation="sdpa", dtype=torch.float32
+        ),
         args=trl.DPOConfig(**settings),
         train_dataset=datasets.Dataset.from_list([dict(zip(fields, pair)) for pair in problem.pairs]),
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
@@ -236,7 +263,8 @@ def trl_step(problem: Problem, *, precompute: bool) -> Step:
 CONTESTANTS: dict[str, Callable[[Problem], Step]] = {
     "jaxlm": partial(jaxlm_step, live=False),
     "jaxlm live": partial(jaxlm_step, live=True),
-    "trl": partial(trl_step, precompute=False),
+    "trl": trl_step,
+    "trl liger": partial(trl_step, liger=True),
     "trl precomputed": partial(trl_step, precompute=True),
 }
 
@@ -246,13 +274,13 @@ def recorded(step: Step, losses: list[float]) -> Callable[[], None]:
     return lambda: losses.append(step())
 
 
-def check(losses: dict[str, list[float]]) -> str:
+def check(losses: dict[str, list[float]], tolerance: float) -> str:
     """Says how well the losses agree; ValueError if a first one is not log 2 or any differ."""
     table = np.array(list(losses.values()))
     first, apart = np.abs(table[:, 0] - math.log(2)).max(), np.ptp(table, axis=0).max()
     text = f"first losses within {first:.1e} of log 2, those of {len(losses['jaxlm'])} steps within {apart:.1e}"
-    if not (first < TOLERANCE and apart < TOLERANCE):  # so that NaN fails
-        raise ValueError(f"expected losses that agree to {TOLERANCE}, found {text}: {losses}")
+    if not (first < tolerance and apart < tolerance):  # so that NaN fails
+        raise ValueError(f"expected losses that agree to {tolerance}, found {text}: {losses}")
     return f"{text} of each other (the last is {losses['jaxlm'][-1]:.4f})"
 
 
@@ -263,8 +291,12 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_memory(problem: Problem, name: str) -> dict[str, int]:
-    """Peak resident bytes of a contestant that has this process to itself."""
+    """Peak bytes of a contestant that has this process to itself."""
     jnp.zeros(()).block_until_ready()  # the backend
+    if jax.default_backend() != "cpu":
+        step = CONTESTANTS[name](problem)
+        step(), step()
+        return {"in all": allocated_peak(name)}
     if name.startswith("trl"):
         importlib.import_module("trl.trainer.dpo_trainer")
     imported = resident("VmRSS")
@@ -275,6 +307,15 @@ def peak_memory(problem: Problem, name: str) -> dict[str, int]:
     step()
     peak = resident("VmHWM")
     return {"a step": peak - before, "in all": peak - imported}
+
+
+def allocated_peak(name: str) -> int:
+    """Peak bytes of the accelerator's memory that the contestant's framework has allocated."""
+    if name.startswith("trl"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return int(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
 
 
 def resident(field: str) -> int:
