@@ -189,7 +189,10 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     for way in stages.ways():
         say(f"=== {way.name}")
         kept[way.name] = stages.train(way, kept)
-        rows |= way.judge(kept[way.name], "test", kept)
+        found = way.judge(kept[way.name], "test", kept)
+        for row, scores in found.items():  # now: what stops the run later does not lose it
+            say(f"test, {row}: " + ", ".join(f"{name} {score:.1f}" for name, score in scores.items()))
+        rows |= found
     for name, cost in costs(cfg, task, rows).items():
         rows[name] = rows[name] | cost
     if jax.process_index() == 0:
