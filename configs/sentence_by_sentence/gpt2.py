@@ -56,7 +56,7 @@ def get_config(arg: str = "blocksworld") -> ConfigDict:
     latent = latent | dict(warmup_steps=300)
     config.latents = [
         latent | dict(name="latent", vectors="contextual"),
-        latent | dict(name="latent-paper", vectors="contextual", unit_scale=False),
+        latent | dict(name="latent-paper", vectors="contextual", weights=dict(nll=1.0, info_nce=1.0, stop=1.0)),
         latent | dict(name="latent-contrastive", vectors="contrastive"),
         latent | dict(name="latent-semantic", vectors="semantic"),
         latent | dict(name="latent-hybrid", vectors="semantic", decoder="contextual"),

@@ -113,7 +113,7 @@ def make_problem(args: argparse.Namespace, folder: Path) -> Problem:
     task_config = TaskConfig(
         "blocksworld", "sentencepiece:340", num_blocks=4, max_steps=8, max_step_tokens=12, batch_size=args.batch
     )
-    stage = LatentStage(1, weights={"nll": 1.0, "info_nce": 1.0})
+    stage = LatentStage(1, weights={"nll": 1.0, "info_nce": 1.0}, unit_scale=True)
     once = StageConfig(1)
     config = Config(
         str(folder), task_config, {"cot": once, "contextual": once}, cfg, latents=(stage,), dropout=0.0,

@@ -19,8 +19,8 @@ discretized (outputs are written as text and read again).
 From the paper: stages, objectives, widths of the mappers, dropout, temperatures, and what is fed back. Ours:
 checkpoints are chosen on validation samples (a latent's by the mean accuracy of its two ways of inference), where the
 paper chose on the test set; negatives of the whole global batch, where the released code has those of one device; and
-the latents' default `unit_scale`, a layer norm on what they read that ties the scale of inputs to that of outputs (the
-paper's: unit_scale=False).
+the term `tie` of the latents' default loss, a squared error that ties the scale of their outputs to that of what they
+read, which the paper's cosine leaves free (the paper's loss: weights {nll: 1, info_nce: 1, stop: 1}).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from jaxlm.typing import Params
 KINDS = ("semantic", "contextual", "contrastive")
 NEEDS = {"semantic": ("cot",), "contextual": ("cot",), "contrastive": ("cot", "semantic")}
 STAGES = ("direct", "cot", *KINDS)
+DEFAULT_TERMS = ("nll", "info_nce", "tie", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ class LatentStage(StageConfig):
 
     name: str = "latent"
     vectors: Literal["semantic", "contextual", "contrastive"] = "contextual"
-    weights: dict[str, float] = dataclasses.field(default_factory=lambda: {"nll": 1.0, "info_nce": 1.0, "stop": 1.0})
-    unit_scale: bool = True
+    weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(DEFAULT_TERMS, 1.0))
+    unit_scale: bool = False
     decoder: Literal["semantic", "contextual", "contrastive"] | None = None
 
 

@@ -69,7 +69,7 @@ def test_all_stages_run_and_started_again_they_go_on(tmp_path, monkeypatch):
     losses = [json.loads(line) for line in (tmp_path / "run" / "cot" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1]["step"] == 6
     # Another latent is added: the stages before it are there already, and give the same scores.
-    more = (*config(tmp_path).latents, LatentStage(3, name="more", unit_scale=False))
+    more = (*config(tmp_path).latents, LatentStage(3, name="more", unit_scale=True))
     before = (tmp_path / "run" / "cot" / "metrics.jsonl").read_text()
     again = recipe.run(config(tmp_path / "run", latents=more))
     assert {name: again[name] for name in rows} == rows and "more continuous" in again
