@@ -7,10 +7,11 @@ The stage `latents` of the recipe sentence_by_sentence on samples of Blocksworld
 vectors, the latent model predicts those that follow, a frozen decoder writes their sentences; cross-entropy, InfoNCE,
 AdamW, float32, no dropout. All start from the same weights and read the same batches; first losses must agree to 1e-4.
 
-    jaxlm            the recipe's own step: static shapes, one encoder pass for all vectors of a sample
-    torch            transformers' Llama with sdpa, eager: the same single pass, and batches cut to their longest sample
+    jaxlm            the recipe's own step: static shapes, the frozen encoder's vectors computed once, before training
+    torch            transformers' Llama with sdpa, eager, on batches cut to what they hold; the vectors of a batch by
+                     one pass in every step
     torch prefixes   the same with an encoder pass for every prefix, as the released code makes contextual vectors
-                     (pip install 'jaxlm[parity]')
+    torch cached     the same with the vectors given, as jaxlm has them            (pip install 'jaxlm[parity]')
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from jaxlm.train.step import make_train_step
 from jaxlm.typing import Params
 
 TOLERANCE, TEMPERATURE = 1e-4, 0.1
+NUM_BATCHES = 8  # different ones, in turn
 OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.01, clip_norm=None)
 Step = Callable[[], float]
 
@@ -63,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
         steps = {"jaxlm": jaxlm_step(problem)}
         if args.versus == "torch":
             steps |= {"torch": torch_step(problem), "torch prefixes": torch_step(problem, prefixes=True)}
+            steps |= {"torch cached": torch_step(problem, cached=True)}
         first = {name: step() for name, step in steps.items()}
         for name, loss in first.items():
             if abs(loss - first["jaxlm"]) > TOLERANCE * abs(loss):
@@ -113,7 +116,7 @@ def make_problem(args: argparse.Namespace, folder: Path) -> Problem:
     task_config = TaskConfig(
         "blocksworld", "sentencepiece:340", num_blocks=4, max_steps=8, max_step_tokens=12, batch_size=args.batch
     )
-    stage = LatentStage(1, weights={"nll": 1.0, "info_nce": 1.0}, unit_scale=True)
+    stage = LatentStage(NUM_BATCHES, weights={"nll": 1.0, "info_nce": 1.0}, unit_scale=True)
     once = StageConfig(1)
     config = Config(
         str(folder), task_config, {"cot": once, "contextual": once}, cfg, latents=(stage,), dropout=0.0,
@@ -121,13 +124,14 @@ def make_problem(args: argparse.Namespace, folder: Path) -> Problem:
     )  # fmt: skip
     task = make_task(task_config, folder / "tokenizer")
     stages = Stages(config, task)
-    found = make_batches(task_config, task.rows["train"], task, num_steps=8).train.batches(0, 8, num_threads=0)
     network = specs.init(jax.random.key(0), decoder.spec(cfg))
+    vectors = {"vectors": stages.precomputed("contextual", network, task.rows["train"])}
+    loader = make_batches(task_config, task.rows["train"], task, num_steps=NUM_BATCHES, vectors=vectors).train
     trained = stages.latent(stage).initial({"cot": specs.init(jax.random.key(1), decoder.spec(cfg))})
     assert trained is not None
     hf.save(folder / "network", network, cfg, family="llama")
     hf.save(folder / "latent", trained["model"], cfg, family="llama")
-    return Problem(cfg, stages, stage, network, trained, [batch for _, batch in found], folder)
+    return Problem(cfg, stages, stage, network, trained, [loader.batch(i) for i in range(NUM_BATCHES)], folder)
 
 
 def jaxlm_step(problem: Problem) -> Step:
@@ -136,7 +140,7 @@ def jaxlm_step(problem: Problem) -> Step:
     optimizer, schedule = make_optimizer(OPTIM, num_steps=1, decay_mask=specs.decay_mask(way.spec))
     step = jax.jit(make_train_step(way.loss, optimizer, seed=0, schedule=schedule), donate_argnums=0)
     copied = jax.tree.map(lambda x: x + 0, problem.trained)
-    state = new_state(copied, optimizer).replace(frozen={"encoder": problem.network})  # type: ignore[attr-defined]
+    state = new_state(copied, optimizer).replace(frozen=problem.network)  # type: ignore[attr-defined]
     turns = itertools.cycle([jax.tree.map(jnp.asarray, batch) for batch in problem.batches])
 
     def run() -> float:
@@ -148,7 +152,7 @@ def jaxlm_step(problem: Problem) -> Step:
     return run
 
 
-def torch_step(problem: Problem, *, prefixes: bool = False) -> Step:
+def torch_step(problem: Problem, *, prefixes: bool = False, cached: bool = False) -> Step:
     """The same step in PyTorch; ValueError if it is not installed."""
     try:
         import torch
@@ -164,12 +168,15 @@ def torch_step(problem: Problem, *, prefixes: bool = False) -> Step:
     optimizer = torch.optim.AdamW(
         trained, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), weight_decay=OPTIM.weight_decay, fused=True
     )
-    batches = [{k: torch.tensor(v.astype(np.int64)) for k, v in batch.items()} for batch in problem.batches]
+    whole = [{k: v if k == "vectors" else v.astype(np.int64) for k, v in batch.items()} for batch in problem.batches]
+    batches = [{k: torch.tensor(v) for k, v in batch.items()} for batch in whole]
     turns = itertools.cycle(batches)
     functional = torch.nn.functional
 
     def vectors(batch: Any, there: Any) -> Any:
-        """The contextual vectors [B, M, D]: by one pass over the texts, or by one over every prefix of them."""
+        """The contextual vectors [B, M, D]: as they are, by one pass over the texts, or by one over every prefix."""
+        if cached:
+            return batch["vectors"][:, : there.shape[1]]
         length = int(batch["ends"].max()) + 1
         tokens, ends = batch["text/tokens"][:, :length], batch["ends"][:, : there.shape[1]]
         if not prefixes:

@@ -166,6 +166,10 @@ class SentenceRows:
             row[f"{name}/segments"] = (np.arange(column.length) < len(ids)).astype(np.int32)
         return row | {name: values[i] for name, values in self.extra.items()}
 
+    def empty(self) -> Row:
+        """A row of padding with the same fields."""
+        return {name: np.zeros_like(x) for name, x in self.row(0).items()}
+
     def origins(self, i: int) -> list[str]:
         """Where row i comes from."""
         return [self.origin[i]]

@@ -14,7 +14,7 @@ from jaxlm.data.config import DataConfig
 from jaxlm.data.loader import Rows
 from jaxlm.recipes.wiring import Setup, every_batch, say
 from jaxlm.train.preference import Responses
-from jaxlm.train.reference import cached, fingerprint, reference_logprobs
+from jaxlm.train.reference import cached, fingerprint, map_rows
 from jaxlm.typing import Batch, Params
 
 
@@ -40,14 +40,10 @@ def with_reference(
 
     def referred(rows: Rows) -> Rows:
         def compute() -> np.ndarray:
-            total = -(-len(rows.plan) // size)
-            by_row = reference_logprobs(
-                lambda batch: score(params, batch).logprob,
-                every_batch(rows, cfg),
-                place=s.place,
-                total=total,
-                name=rows.name,
-            )
+            by_row = map_rows(
+                lambda batch: score(params, batch).logprob, every_batch(rows, cfg), place=s.place,
+                total=-(-len(rows.plan) // size), what=f"reference log-probabilities of {rows.name}",
+            )  # fmt: skip
             return rows.by_document(by_row)
 
         entry = key | {"data": rows.corpus.fingerprint()}

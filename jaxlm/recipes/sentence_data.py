@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -191,14 +191,28 @@ def judge(
     return scores
 
 
-def make_batches(cfg: TaskConfig, rows: SentenceRows, task: Task, *, num_steps: int) -> Sentences:
-    """The rows in shuffled batches, as often as num_steps needs them, no wider than the longest of them."""
-    epochs = -(-num_steps * cfg.batch_size // len(rows.plan)) + 1
+def make_batches(
+    cfg: TaskConfig, rows: SentenceRows, task: Task, *, num_steps: int, vectors: Mapping[str, np.ndarray] = {}
+) -> Sentences:
+    """The rows in shuffled batches, as often as num_steps needs them, no wider than the longest of them.
+
+    vectors: of frozen encoders, [rows, M, E], fields of the batches beside the others.
+    """
+    epochs, narrow = -(-num_steps * cfg.batch_size // len(rows.plan)) + 1, fitted(rows)
+    given = dataclasses.replace(narrow, extra={**narrow.extra, **vectors})
     loader = Loader(
-        [(fitted(rows), 1.0, epochs)], batch_size=cfg.batch_size, seed=cfg.seed, process_index=jax.process_index(),
+        [(given, 1.0, epochs)], batch_size=cfg.batch_size, seed=cfg.seed, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )  # fmt: skip
-    return Sentences(loader, task.skipped, rows.fingerprint())
+    return Sentences(loader, task.skipped, rows.fingerprint())  # of vectors, by the parameters that they come from
+
+
+def most_sentences(batches: Sentences, num_steps: int) -> int:
+    """The most sentences that any of the batches has."""
+    loader = batches.train
+    counts = (loader.sources[0].extra["step_segments"][..., 0] != 0).sum(axis=1)
+    order = [loader.mixture.locate(r)[1] for r in range(num_steps * loader.batch_size)]
+    return int(counts[order].reshape(num_steps, -1).sum(axis=1).max())
 
 
 def fitted(rows: SentenceRows) -> SentenceRows:

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
+from jaxlm.data.loader import eval_batches
 from jaxlm.data.sentences import SentenceRows
 from jaxlm.generate import latent as rolls
 from jaxlm.models import decoder, latent, layers, thoughts
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.models.latent import LatentConfig
-from jaxlm.recipes.sentence_data import Task, TaskConfig, make_batches, sample_rows
+from jaxlm.recipes.sentence_data import Task, TaskConfig, fitted, make_batches, most_sentences, sample_rows
 from jaxlm.recipes.sentence_inference import Inference
 from jaxlm.recipes.sentence_lora import adapted
 from jaxlm.recipes.wiring import averaged, initial_params, make_apply, train_parameters
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
-from jaxlm.sharding.rules import param_shardings
-from jaxlm.train.checkpoint import best_step, load_params
+from jaxlm.sharding.rules import batch_parts, param_shardings
+from jaxlm.train.checkpoint import best_step, latest_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss
 from jaxlm.train.objectives import make_hidden_nll
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.progress import Throughput
-from jaxlm.train.reference import fingerprint
+from jaxlm.train.reference import fingerprint, map_rows
 from jaxlm.typing import Array, Batch, LossFn, Params
 
 if TYPE_CHECKING:
@@ -48,10 +51,10 @@ class Way(NamedTuple):
     """A stage: what it trains, from what, and how it is judged.
 
     settings: what its loss depends on. needs: the stages before it. initial: the parameters of step 0 (None: random).
-    frozen: what the loss reads beside them. judge: (params, part, kept) -> rows. best: the score of those rows that
-    checkpoints are chosen by; `accuracy` of several ways of inference is their mean. skip: steps at the front of a
-    sample that it never sees. whole: the parameters that later stages start from, out of those that are trained
-    (adapters are merged).
+    frozen: what the loss reads beside them. vectors: fields of the batches, and the stages whose vectors they are.
+    judge: (params, part, kept) -> rows. best: the score of those rows that checkpoints are chosen by; `accuracy` of
+    several ways of inference is their mean. skip: steps at the front of a sample that it never sees. whole: the
+    parameters that later stages start from, out of those that are trained (adapters are merged).
     """
 
     name: str
@@ -64,6 +67,7 @@ class Way(NamedTuple):
     judge: Callable[[Params, str, Kept], Scores]
     best: str = "accuracy"
     frozen: Callable[[Kept], Params | None] = lambda kept: None
+    vectors: Mapping[str, str] = MappingProxyType({})
     skip: int = 0
     whole: Callable[[Params, Kept], Params] = lambda params, kept: params
 
@@ -97,6 +101,7 @@ class Stages:
         check_batch(self.mesh, batch_size=cfg.data.batch_size, sequence_length=1)
         self.constrain = make_constrain(self.mesh)
         self.head = partial(decoder.head, cfg=self.model)
+        self.capacity = cache(self._capacity)
         self.ask = Inference(
             self.model, task, self.mesh, self.constrain, num_sentences=cfg.num_sentences,
             max_tokens=cfg.data.max_step_tokens,
@@ -169,8 +174,8 @@ class Stages:
             settings |= {"contrast_weight": cfg.contrast_weight, "temperature": cfg.temperature}
         loss = make_sentence_loss(
             self.vectors[name], self.states, self.head, drop=None if exact else self.drop,
-            semantic=self.vectors["semantic"] if contrast else None, contrast_weight=cfg.contrast_weight,
-            temperature=cfg.temperature,
+            contrast_weight=cfg.contrast_weight if contrast else None, temperature=cfg.temperature,
+            capacity=self.capacity(cfg.stages[name].num_steps),
         )  # fmt: skip
 
         def scores(params: Params, part: str, kept: Kept) -> Scores:
@@ -181,7 +186,7 @@ class Stages:
         return Way(
             name, cfg.stages[name], settings, ("cot", "semantic") if contrast else ("cot",), decoder.spec(self.model),
             loss, initial=lambda kept: _copy(kept["cot"]), judge=scores, best="exact" if exact else "accuracy",
-            frozen=lambda kept: _copy(kept["semantic"]) if contrast else None,
+            vectors={"semantic": "semantic"} if contrast else {},
         )  # fmt: skip
 
     def latent_config(self, stage: LatentStage) -> LatentConfig:
@@ -214,22 +219,19 @@ class Stages:
             return {f"{stage.name} {way}": scores for way, scores in found.items()}
 
         loss = make_latent_loss(
-            self.vectors[stage.vectors], predict, self.states, self.head, weights=stage.weights,
-            temperature=self.cfg.temperature,
+            predict, self.states, self.head, weights=stage.weights, temperature=self.cfg.temperature,
+            capacity=self.capacity(stage.num_steps),
         )  # fmt: skip
         settings = {
             "vectors": stage.vectors, "decoder": writer, "weights": stage.weights, "unit_scale": stage.unit_scale,
             "dropout": self.cfg.dropout, "temperature": self.cfg.temperature,
         }  # fmt: skip
 
-        def frozen(kept: Kept) -> Params:
-            both = {"encoder": stage.vectors} | ({"decoder": writer} if writer != stage.vectors else {})
-            return {part: _copy(kept[name]) for part, name in both.items()}
-
         needs = tuple(dict.fromkeys(("cot", stage.vectors, writer)))
         return Way(
-            stage.name, stage, settings, needs, spec, loss, initial, scores, frozen=frozen
-        )
+            stage.name, stage, settings, needs, spec, loss, initial, scores,
+            frozen=lambda kept: _copy(kept[writer]), vectors={"vectors": stage.vectors},
+        )  # fmt: skip
 
     def stops(self, stage: LatentStage) -> dict[str, rolls.Stop]:
         """The rules that end a continuous roll by themselves."""
@@ -241,7 +243,9 @@ class Stages:
     def train(self, way: Way, kept: Kept) -> Params:
         """Trains a stage, or goes on with it, and gives the parameters of its best validation."""
         cfg, stage = self.cfg, way.stage
-        rows = self.rows("train", skip=way.skip)
+        rows, vectors = self.rows("train", skip=way.skip), {}
+        if latest_step(Path(cfg.run_dir) / way.name / "checkpoints") != stage.num_steps:  # there are batches to come
+            vectors = {field: self.precomputed(name, kept[name], rows) for field, name in way.vectors.items()}
         every = max(1, -(-stage.num_steps // cfg.evals))
         run = StageRun(
             run_dir=str(Path(cfg.run_dir) / way.name), settings=way.settings,
@@ -258,7 +262,7 @@ class Stages:
         )  # fmt: skip
         train_parameters(
             run, way.spec, way.loss, mesh=self.mesh,
-            data=make_batches(cfg.data, rows, self.task, num_steps=stage.num_steps),
+            data=make_batches(cfg.data, rows, self.task, num_steps=stage.num_steps, vectors=vectors),
             place=partial(shard_rows, mesh=self.mesh), initial=partial(way.initial, kept), frozen=way.frozen(kept),
             evaluate=partial(self.validate, way, kept),
             speed=Throughput(cfg.data.batch_size * rows.columns["text"].length), row_keys=True,
@@ -291,6 +295,22 @@ class Stages:
             return self.task.rows[part]
         shorter = [dataclasses.replace(sample, steps=sample.steps[skip:]) for sample in self.task.samples[part]]
         return sample_rows(self.cfg.data, shorter, self.task.tokenizer, part)[0]
+
+    def precomputed(self, name: str, params: Params, rows: SentenceRows) -> np.ndarray:
+        """The vectors that a stage gives the sentences of all rows, [rows, M, D]: its parameters are frozen by now."""
+        narrow, size = fitted(rows), self.cfg.data.batch_size
+        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        found = map_rows(
+            partial(self.ask.whole(self.vectors[name]), params), eval_batches(narrow, batch_size=size, **hosts),
+            place=partial(shard_rows, mesh=self.mesh), total=-(-len(narrow.plan) // size), what=f"vectors of {name}",
+        )  # fmt: skip
+        return found[: len(narrow.plan)]
+
+    def _capacity(self, num_steps: int) -> int:
+        """The most sentences of a batch of a stage, up to the next that all devices share evenly."""
+        batches = make_batches(self.cfg.data, self.task.rows["train"], self.task, num_steps=num_steps)
+        share = 8 * batch_parts(self.mesh)
+        return -(-most_sentences(batches, num_steps) // share) * share
 
     @cached_property
     def vectors(self) -> dict[str, Vectors]:

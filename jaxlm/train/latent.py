@@ -1,8 +1,9 @@
 """Losses of the stages that teach a model to predict vectors of sentences; models arrive as functions.
 
 A batch is that of `jaxlm.data.reasoning.make_sample_rows`. The vectors of its sentences come from a `Vectors`, semantic
-or contextual, and `states` is the sentence decoder (`jaxlm.models.latent.decoder_states`). A batch is one micro-batch:
-the terms are means over different things, and the negatives are the whole batch.
+or contextual, while these are learnt; those of a frozen encoder never change and are data, a field of the batch
+computed once. `states` is the sentence decoder (`jaxlm.models.latent.decoder_states`). A batch is one micro-batch: the
+terms are means over different things, and the negatives are the whole batch.
 
 Source: Hwang et al. 2025, arXiv:2505.22202, sections 3.1 and 3.2.
 """
@@ -81,36 +82,38 @@ def make_sentence_loss(
     head: Head,
     *,
     drop: Callable[[Array, Array | None], Array] | None = None,
-    semantic: Vectors | None = None,
-    contrast_weight: float = 0.5,
+    contrast_weight: float | None = None,
     temperature: float = 0.1,
+    capacity: int | None = None,
 ) -> LossFn:
     """Writing every sentence from its vector, with one network as encoder and decoder.
 
         mean over tokens of -log p(y_t | y_<t, vector)  +  contrast_weight * mean over sentences of InfoNCE
 
-    drop: (vectors, keys) -> what the decoder reads (dropout; None: the vectors). semantic: gives the vectors of frozen
-    parameters, among which InfoNCE of cosines finds a contextual vector's own (None: there is no such term); with it
-    the loss reads `frozen`. The anchor is the contextual vector, as in the paper; in the released code it is the other.
+    drop: (vectors, keys) -> what the decoder reads (dropout; None: the vectors). contrast_weight: None leaves out the
+    term in which InfoNCE of cosines finds a contextual vector's own among batch["semantic"], [B, M, D], of a frozen
+    encoder. The anchor is the contextual vector, as in the paper; in the released code it is the other. capacity: see
+    `make_latent_loss`.
     """
+    weights = {"nll": 1.0} if contrast_weight is None else {"nll": 1.0, "info_nce": contrast_weight}
 
-    def loss_fn(params: Params, batch: Batch, key: Array | None, frozen: Params = None) -> Any:
+    def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         found, there = vectors(params, batch), sentences(batch)
         read = found if drop is None else drop(found, key)
-        terms = {"nll": _per_token(read, batch, params, states, head)}
-        if semantic is not None:
-            target = jax.lax.stop_gradient(semantic(frozen, batch))
-            terms["info_nce"] = masked_mean(latent_info_nce(found, target, mask=there, temperature=temperature), there)
-        return _weighted(terms, {"nll": 1.0, "info_nce": contrast_weight}, there)
+        terms = {"nll": _per_token(read, batch, params, states, head, capacity)}
+        if "info_nce" in weights:
+            nce = latent_info_nce(found, batch["semantic"], mask=there, temperature=temperature)
+            terms["info_nce"] = masked_mean(nce, there)
+        return _weighted(terms, weights, there)
 
     return loss_fn
 
 
 def make_latent_loss(
-    vectors: Vectors, predict: Callable[..., Any], states: States, head: Head, *, weights: Mapping[str, float],
-    temperature: float = 0.1,
+    predict: Callable[..., Any], states: States, head: Head, *, weights: Mapping[str, float], temperature: float = 0.1,
+    capacity: int | None = None,
 ) -> LossFn:  # fmt: skip
-    """Predicting the vector of every next sentence; encoder and decoder are frozen, and gradients pass through both.
+    """Predicting batch["vectors"], [B, M, E], of a frozen encoder; gradients pass through the frozen decoder.
 
         sum of weights[name] * mean of the term, over
 
@@ -120,20 +123,20 @@ def make_latent_loss(
         mse        |P2(o_i) - h_i|^2 / D, in the encoder's space                                for comparison
         stop       of the classifier that finds the last sentence among the o_i, which alone it moves
 
-    predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. The loss reads `frozen`: the
-    parameters under encoder and decoder, or under encoder alone where one network is both.
+    predict: (params, batch, vectors, mask, key) -> `jaxlm.models.latent.Predicted`. capacity: the most sentences that
+    any batch has; the decoder then reads so many instead of B * M, much of which can be padding (None: all). A batch
+    with more gives NaN, which a training step refuses. The loss reads `frozen`: the decoder's parameters.
     """
     unknown = sorted(set(weights) - set(TERMS))
     if unknown or not weights:
         raise ValueError(f"weights: expected {', '.join(TERMS)}, or some of them; found {unknown or 'none'}")
 
     def loss_fn(params: Params, batch: Batch, key: Array | None, frozen: Params = None) -> Any:
-        there = sentences(batch)
-        h = jax.lax.stop_gradient(vectors(frozen["encoder"], batch))
+        there, h = sentences(batch), batch["vectors"]
         found = predict(params, batch, h, there, key)
         terms = {}
         if "nll" in weights:
-            terms["nll"] = _per_token(found.sentence, batch, frozen.get("decoder", frozen["encoder"]), states, head)
+            terms["nll"] = _per_token(found.sentence, batch, frozen, states, head, capacity)
         if "info_nce" in weights:
             nce = latent_info_nce(found.output, found.target, mask=there, temperature=temperature)
             terms["info_nce"] = masked_mean(nce, there)
@@ -150,13 +153,23 @@ def make_latent_loss(
     return loss_fn
 
 
-def _per_token(read: Array, batch: Batch, params: Params, states: States, head: Head) -> Array:
+def _per_token(
+    read: Array, batch: Batch, params: Params, states: States, head: Head, capacity: int | None
+) -> Float[Array, ""]:
     """The sentences' cross-entropy given their vectors, averaged over tokens."""
-    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("steps", "step_segments"))
-    hidden = states(params, read.reshape(-1, read.shape[-1]), tokens, segments)
+    vectors, tokens, segments = (
+        x.reshape(-1, x.shape[-1]) for x in (read, batch["steps"], batch["step_segments"])
+    )  # fmt: skip
     mask = segments != 0
+    count = jnp.maximum(jnp.sum(mask), 1)
+    if capacity is not None and capacity < len(tokens):
+        there = mask[:, 0]
+        kept = jnp.argsort(~there, stable=True)[:capacity]  # the sentences that there are first, in order
+        vectors, tokens, segments, mask = (x[kept] for x in (vectors, tokens, segments, mask))
+        count = jnp.where(jnp.sum(there) > capacity, jnp.nan, count)
+    hidden = states(params, vectors, tokens, segments)
     nll = next_sentence_nll(hidden, targets=tokens, mask=mask, **head(params))
-    return jnp.sum(nll) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(nll) / count
 
 
 def _weighted(terms: dict[str, Array], weights: Mapping[str, float], there: Array) -> tuple[Array, Array, Metrics]:

@@ -1,4 +1,4 @@
-"""Reference log-probabilities computed once: a pass over the data, kept under a key of all that they depend on."""
+"""What a frozen model says of the data: one pass over the rows, kept in a file under a key of all it depends on."""
 
 from __future__ import annotations
 
@@ -87,12 +87,13 @@ def make_score_step(scorer: Scorer, mesh: Mesh) -> Callable[[Params, Batch], Res
     return jax.jit(lambda params, batch: scorer(params, batch, None), out_shardings=whole)
 
 
-def reference_logprobs(
-    step: Callable[[Batch], Array], batches: Iterable[Any], *, place: Callable[[Any], Batch], total: int, name: str
+def map_rows(
+    step: Callable[[Batch], Array], batches: Iterable[Any], *, place: Callable[[Any], Batch], total: int, what: str
 ) -> np.ndarray:
-    """The summed log-probabilities of every row, [rows, slots], batch by batch with progress.
+    """What a frozen model says of every row, [rows, ...], batch by batch with progress.
 
-    step: a batch on devices -> [B, slots]; batches: the host batches of all rows in order; total: how many.
+    step: a batch on devices -> [B, ...], whole on every process. batches: the host batches of all rows in order; total:
+    how many. what: is computed, for the bar.
     """
-    progress = tqdm(batches, total=total, desc=f"reference log-probabilities of {name}", unit="batch", disable=None)
+    progress = tqdm(batches, total=total, desc=what, unit="batch", disable=None)
     return np.concatenate([np.asarray(step(place(batch))) for batch in progress])

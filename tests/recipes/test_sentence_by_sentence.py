@@ -120,6 +120,7 @@ def test_a_stage_with_adapters_of_zeros_is_the_stage(task, tmp_path):
         sentence_data.make_batches(TASK, task.rows["train"], task, num_steps=1).train.batches(0, 1, num_threads=0)
     )[1]
     way = stages.latent(cfg.latents[0])
+    batch["vectors"] = np.asarray(stages.vectors["contextual"](kept["contextual"], batch))
     lora = LoraConfig(rank=2)
     other = adapted(way, lora, seed=0)
     start, frozen = other.initial(kept), other.frozen(kept)
@@ -165,6 +166,19 @@ def test_batches_are_no_wider_than_their_longest_row(task):
     assert segments.sum() == whole.sum() and segments[..., -1].any() and segments[:, -1].any()
     assert fitted.extra["ends"].shape[1] == segments.shape[1] + 1
     np.testing.assert_array_equal(fitted.extra["ends"].max(axis=1), rows.extra["ends"].max(axis=1))
+
+
+def test_vectors_of_a_frozen_stage_are_those_of_every_batch(task, tmp_path):
+    stages = Stages(config(tmp_path), task)
+    params, rows = specs.init(jax.random.key(0), decoder.spec(MODEL)), task.rows["train"]
+    for name in ("semantic", "contextual"):
+        found = stages.precomputed(name, params, rows)  # 140 rows: the last batch is not full
+        batches = sentence_data.make_batches(TASK, rows, task, num_steps=3, vectors={"vectors": found})
+        batch = batches.train.batch(2)
+        np.testing.assert_allclose(batch["vectors"], stages.vectors[name](params, batch), atol=1e-5)
+        assert batches.fingerprint == sentence_data.make_batches(TASK, rows, task, num_steps=3).fingerprint
+    most = max(int((batches.train.batch(i)["step_segments"][..., 0] != 0).sum()) for i in range(3))
+    assert sentence_data.most_sentences(batches, 3) == most <= stages.capacity(3)
 
 
 def test_ones_own_samples_are_read(tmp_path):

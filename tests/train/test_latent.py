@@ -96,27 +96,46 @@ def test_padding_and_missing_sentences_change_nothing(batch, params, vectors):
 
 
 def test_the_contrast_draws_contextual_vectors_to_the_semantic_ones(batch, params):
-    loss = jax.jit(make_sentence_loss(contextual, STATES, HEAD, semantic=semantic, contrast_weight=0.5))
-    frozen = specs.init(jax.random.key(1), decoder.spec(MODEL))
-    total, rows, metrics = loss(params, batch, None, frozen=frozen)
+    loss = jax.jit(make_sentence_loss(contextual, STATES, HEAD, contrast_weight=0.5))
+    target = jax.jit(semantic)(specs.init(jax.random.key(1), decoder.spec(MODEL)), batch)
+    total, rows, metrics = loss(params, {**batch, "semantic": target}, None)
     there = sentences(batch)
-    found = jax.jit(contextual)(params, batch), jax.jit(semantic)(frozen, batch)
-    nce = latent_info_nce(*found, mask=there, temperature=0.1)
+    nce = latent_info_nce(jax.jit(contextual)(params, batch), target, mask=there, temperature=0.1)
     expected = metrics["nll"][0] + 0.5 * 3 * nce.sum() / there.sum()
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    moved = jax.grad(lambda f: loss(params, batch, None, frozen=f)[0])(frozen)
-    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(moved))
     assert rows == 3
+
+
+def test_of_sentences_that_are_not_there_the_decoder_reads_none(batch, params):
+    def read(number):
+        rows = []
+
+        def states(params, vectors, tokens, segments):
+            rows.append(len(tokens))
+            return STATES(params, vectors, tokens, segments)
+
+        loss = jax.jit(jax.value_and_grad(lambda p: make_sentence_loss(semantic, states, HEAD, capacity=number)(
+            p, batch, None)[0]))  # fmt: skip
+        return loss(params), rows[0]
+
+    (whole, grad), rows = read(None)
+    (fewer, same), left = read(6)  # there are 3 + 1 + 2 sentences in 3 rows of 4 places
+    assert (rows, left) == (12, 6)
+    np.testing.assert_allclose(fewer, whole, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(same)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert np.isnan(read(5)[0][0])  # never one left out in silence
 
 
 def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch, params):
     weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25, "stop": 0.5}
-    frozen = {"encoder": params, "decoder": specs.init(jax.random.key(1), decoder.spec(MODEL))}
+    frozen = specs.init(jax.random.key(1), decoder.spec(MODEL))
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights=weights))
+    loss = jax.jit(make_latent_loss(predict, STATES, HEAD, weights=weights))
+    vectors = jax.jit(contextual)(params, batch)
+    batch = {**batch, "vectors": vectors}
     total, rows, metrics = loss(trained, batch, None, frozen=frozen)
     assert sum(w * metrics[name][0] for name, w in weights.items()) == pytest.approx(float(total), rel=1e-6)
-    vectors = jax.jit(contextual)(params, batch)
     found = jax.jit(predict)(trained, batch, vectors, sentences(batch), None)
     there = np.asarray(sentences(batch))
     tie = np.mean((np.asarray(found.output) - np.asarray(found.target)) ** 2, axis=-1)[there].mean()
@@ -124,21 +143,22 @@ def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch,
     grad = jax.grad(lambda p: loss(p, batch, None, frozen=frozen)[0])(trained)
     for name in ("into", "out", "model", "stop"):
         assert np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0
-    alone = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights={"tie": 1.0}))
+    alone = jax.jit(make_latent_loss(predict, STATES, HEAD, weights={"tie": 1.0}))
     tied = jax.grad(lambda p: alone(p, batch, None, frozen=frozen)[0])(trained)
     assert np.all(np.asarray(tied["out"]["up"]["kernel"]) == 0)
 
 
 def test_the_classifier_learns_the_last_sentence_and_moves_nothing_else(batch, params):
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = jax.jit(make_latent_loss(contextual, predict, STATES, HEAD, weights={"stop": 1.0}))
-    total, rows, _ = loss(trained, batch, None, frozen={"encoder": params})
-    found = predict(trained, batch, jax.jit(contextual)(params, batch), sentences(batch), None)
+    loss = jax.jit(make_latent_loss(predict, STATES, HEAD, weights={"stop": 1.0}))
+    batch = {**batch, "vectors": jax.jit(contextual)(params, batch)}
+    total, rows, _ = loss(trained, batch, None, frozen=params)
+    found = predict(trained, batch, batch["vectors"], sentences(batch), None)
     x = np.asarray(latent.stop_logits(trained, found.output), np.float64)
     last = [len(s.sentences) - 1 for s in SAMPLES]
     terms = [np.log1p(np.exp(x[b, i])) - x[b, i] * (i == end) for b, end in enumerate(last) for i in range(end + 1)]
     np.testing.assert_allclose(total / rows, np.mean(terms), rtol=1e-5)
-    grad = jax.grad(lambda p: loss(p, batch, None, frozen={"encoder": params})[0])(trained)
+    grad = jax.grad(lambda p: loss(p, batch, None, frozen=params)[0])(trained)
     moved = {name for name in grad if any(np.any(np.asarray(x)) for x in jax.tree.leaves(grad[name]))}
     assert moved == {"stop"}
 
@@ -157,14 +177,7 @@ def test_the_loss_after_thoughts_counts_what_follows_the_question(batch, params)
     assert found[1] == expected[1]
 
 
-def test_one_network_may_be_encoder_and_decoder(batch, params):
-    trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = jax.jit(make_latent_loss(semantic, predict, STATES, HEAD, weights={"nll": 1.0}))
-    one = loss(trained, batch, None, frozen={"encoder": params})[0]
-    assert one == loss(trained, batch, None, frozen={"encoder": params, "decoder": params})[0]
-
-
 @pytest.mark.parametrize("weights", [{}, {"nll": 1.0, "kl": 1.0}])
 def test_unknown_terms_are_refused(weights):
     with pytest.raises(ValueError, match="expected nll, info_nce, tie, mse"):
-        make_latent_loss(semantic, predict, STATES, HEAD, weights=weights)
+        make_latent_loss(predict, STATES, HEAD, weights=weights)
