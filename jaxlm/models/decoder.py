@@ -205,10 +205,11 @@ def embed_tokens(
     params: Params, tokens: Int[Array, "B T"], *, cfg: DecoderConfig, constrain: Constrain = identity
 ) -> Float[Array, "B T D"]:
     """The (scaled) embeddings of tokens in cfg.dtype: what `forward` takes as `embeddings`, positions not yet added."""
-    # Gathered over its width before the lookup: otherwise the result is split over the width, and turning that into a
-    # split over the batch makes XLA replicate it.
-    table = constrain(params["embed"]["table"], ("vocab", "act_embed"))
-    embeddings = jnp.take(table, tokens, axis=0).astype(cfg.dtype)
+    # Every device looks all tokens of its FSDP group up in its own columns of the table, and one exchange of tokens
+    # gives each its own rows whole: the table is never gathered, nor is its gradient summed over the group.
+    tokens = constrain(tokens, ("batch_replicas", "length"))
+    embeddings = jnp.take(params["embed"]["table"], tokens, axis=0).astype(cfg.dtype)
+    embeddings = constrain(constrain(embeddings, ("batch_replicas", "length", "embed")), STREAM)
     if cfg.embed_scale is None:
         return embeddings
     # Rounded to the compute dtype first, as the released Gemma code does.

@@ -24,6 +24,7 @@ RULES: Mapping[str, MeshAxes] = {
     "mlp": "tensor",
     # activations and batches
     "batch": ("slice", "data", "fsdp"),
+    "batch_replicas": ("slice", "data"),  # of activations whose width is still split as parameters are
     "length": "sequence",
     "act_embed": None,
     "act_heads": "tensor",

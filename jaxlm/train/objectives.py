@@ -61,6 +61,7 @@ def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None, ca
             mesh=mesh,
             token_axes=(RULES["batch"], RULES["length"]),
             vocab_axis="tensor" if mesh.shape["tensor"] > 1 else None,
+            width_axis="fsdp" if mesh.shape["fsdp"] > 1 else None,
             **where,
         )
 

@@ -73,6 +73,30 @@ def test_any_mesh_gives_the_numbers_of_one_device(data, tensor):
     assert_close((value, grads), jax.tree.map(lambda x: 2 * x, (want[0][0], want[1])))
 
 
+@pytest.mark.parametrize("data, tensor", [(4, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
+def test_a_table_split_over_its_width_is_never_whole(data, tensor):
+    mesh = make_mesh(data, tensor)
+    hidden, unembed, bias, targets = problem(vocab=4400)  # more than a block on every shard of the vocabulary
+    mask = jnp.arange(B * T).reshape(B, T) % 5 != 0
+    arguments = (hidden, unembed, bias, targets, mask)
+    split = dict(mesh=mesh, token_axes=("data", None), vocab_axis="tensor", width_axis="data")
+    run = value_and_grad(partial(token_stats_sharded, **split, **OPTIONS))
+    with_axes = placed(mesh, *arguments)
+    with_axes[1] = jax.device_put(unembed, NamedSharding(mesh, P("tensor", "data")))
+    assert_close(run(*with_axes), value_and_grad(partial(token_stats, **OPTIONS))(*arguments))
+    text = run.lower(*with_axes).compile().as_text()
+    assert "reduce-scatter" in text and "all-gather" in text
+    assert not re.search(rf"\[{4400 // tensor},{D}\]", text)
+
+
+def test_a_width_is_split_as_tokens_are():
+    mesh = make_mesh(4, 2)
+    hidden, unembed, _, targets = problem()
+    split = dict(mesh=mesh, token_axes=(None, None), vocab_axis=None)
+    with pytest.raises(ValueError, match="width_axis='data': expected one of token_axes"):
+        token_stats_sharded(hidden, unembed, targets, width_axis="data", **split)
+
+
 @pytest.mark.parametrize("outputs", [("logprob",), ("entropy",), ("logsumexp",)], ids="".join)
 def test_each_output_alone(outputs):
     mesh = make_mesh(2, 4)

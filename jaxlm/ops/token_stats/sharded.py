@@ -33,6 +33,7 @@ def token_stats_sharded(
     mesh: Mesh,
     token_axes: tuple[Any, Any],
     vocab_axis: str | None,
+    width_axis: str | None = None,
     mask: Bool[Array, "B T"] | None = None,
     bias: Float[Array, "V"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
@@ -43,12 +44,14 @@ def token_stats_sharded(
 
     Each device holds its tokens and its shard of the vocabulary; what crosses the vocabulary axis is one maximum and
     one fused sum of [tokens] numbers forward, and the gradient of hidden backward. Over the token axes, the gradient
-    of unembed is summed once.
+    of unembed is summed once. Where unembed is split over its width too (FSDP), its rows are gathered a block at a time
+    in both passes, in the dtype of hidden, and the gradient's are summed and scattered in float32.
 
     mesh: the mesh. token_axes: the mesh axes over which B and T are split, as in a PartitionSpec: each a name, a tuple
-    of names, or None. vocab_axis: the mesh axis over which V is split, or None. All other arguments, the result (split
-    like the tokens) and the numerics are those of `token_stats`, computed by its `tiled` implementation. Axes of the
-    mesh that are named nowhere hold copies. Call it inside `jax.jit` on a mesh with Auto axes.
+    of names, or None. vocab_axis: the mesh axis over which V is split, or None. width_axis: that over which D of
+    unembed is split, or None; one of the token axes, whose devices hold different tokens. All other arguments, the
+    result (split like the tokens) and the numerics are those of `token_stats`, computed by its `tiled` implementation.
+    Axes of the mesh that are named nowhere hold copies. Call it inside `jax.jit` on a mesh with Auto axes.
 
     Source: the vocabulary-parallel softmax of Shoeybi et al. 2019, arXiv:1909.08053, section 3, with the entropy's
     accumulator added.
@@ -58,6 +61,9 @@ def token_stats_sharded(
     _check_split(mesh, "vocab_axis", vocab_axis, "vocabulary", unembed.shape[0])
     for name, axes, size in zip(("B", "T"), token_axes, targets.shape):
         _check_split(mesh, "token_axes", axes, name, size)
+    _check_split(mesh, "width_axis", width_axis, "width", unembed.shape[1])
+    if width_axis is not None and not any(width_axis in _names(axes) for axes in token_axes):
+        raise ValueError(f"width_axis={width_axis!r}: expected one of token_axes, found {token_axes}")
     soft_cap, outputs = check_soft_cap(soft_cap), check_outputs(outputs)
 
     def local(hidden, unembed, targets, mask, bias, temperature):
@@ -72,17 +78,22 @@ def token_stats_sharded(
             soft_cap=soft_cap,
             outputs=outputs,
             axis=vocab_axis,
+            width_axis=width_axis,
         )
         return jax.tree.map(lambda x: x.reshape(targets.shape), stats)
 
-    tokens, vocab = P(*token_axes), P(vocab_axis)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, vocab, tokens, tokens, vocab, P()), out_specs=tokens)
+    tokens, vocab, table = P(*token_axes), P(vocab_axis), P(vocab_axis, width_axis)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, table, tokens, tokens, vocab, P()), out_specs=tokens)
     stats = run(blank(hidden, mask), unembed, targets, mask, bias, check_temperature(temperature))
     return silence(stats, mask)
 
 
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def _check_split(mesh: Mesh, argument: str, axes: Any, what: str, size: int) -> None:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    names = _names(axes)
     unknown = [name for name in names if name not in mesh.shape]
     if unknown:
         raise ValueError(f"{argument}: expected axes of the mesh {tuple(mesh.shape)}, found {unknown}")

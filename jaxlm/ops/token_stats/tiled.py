@@ -66,6 +66,7 @@ class _Plan(NamedTuple):
     block: int
     rows: int
     axis: str | None
+    width_axis: str | None
     kernel: Kernel | None
 
 
@@ -82,6 +83,7 @@ def tiled(
     block: int | None = None,
     rows: int | None = None,
     axis: str | None = None,
+    width_axis: str | None = None,
     kernel: Kernel | None = None,
 ) -> TokenStats:
     """Statistics of N tokens, tile by tile.
@@ -89,7 +91,9 @@ def tiled(
     mask: tokens that are not kept are skipped, and what comes out for them means nothing. block: entries of the
     vocabulary at once; rows: tokens at once (None: by N, platform and whether there is a mask). axis: the mesh axis
     over which the vocabulary is split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets
-    count from its first entry. kernel: the module of this package whose forward pass is taken.
+    count from its first entry. width_axis: the one over which D of unembed is split, as the tokens are: a block at a
+    time is gathered, and its gradient scattered, so that no device ever holds [V, D]. kernel: the module of this
+    package whose forward pass is taken.
 
     Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
     everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
@@ -98,7 +102,7 @@ def tiled(
     num_tokens = hidden.shape[0]
     rows = min(rows or default_rows(num_tokens, masked=mask is not None), max(num_tokens, 1))
     block = block or default_block(rows)
-    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis, kernel)
+    plan = _Plan(outputs, soft_cap, min(block, unembed.shape[0]), rows, axis, width_axis, kernel)
     if mask is None:
         tiles = jax.tree.map(partial(in_tiles, rows=rows), (hidden, targets))
         return jax.tree.map(lambda x: x[:num_tokens], _run(plan, tiles, unembed, bias, temperature, None))
@@ -189,7 +193,7 @@ def _accumulate(
     plan: _Plan, head: Head, targets: Array, count: Array | None, sums: Sums, start: Array | int, width: int
 ) -> Sums:
     """The sums of every token with a block of the vocabulary added."""
-    unembed = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    unembed = _block(plan, head, start, width)
     bias = None if head.bias is None else take_rows(head.bias, start, width)
 
     def tile(t: Array | int) -> Head:
@@ -200,6 +204,12 @@ def _accumulate(
         return jax.tree.map(lambda whole, part: _put(whole, part, plan, t), sums, found)
 
     return over_tiles(tile, add, sums, num_tiles=len(targets) // plan.rows, rows=plan.rows, count=count)
+
+
+def _block(plan: _Plan, head: Head, start: Array | int, width: int) -> Float[Array, "C D"]:
+    """Rows of unembed in the dtype of hidden, whole."""
+    rows = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    return rows if plan.width_axis is None else jax.lax.all_gather(rows, plan.width_axis, axis=1, tiled=True)
 
 
 def _more(plan: _Plan, head: Head, targets: Array, sums: Sums) -> Sums:
@@ -278,7 +288,7 @@ def _backpropagate(
     width: int,
 ) -> _Gradient:  # fmt: skip
     """The gradients with those of a block of the vocabulary: added for hidden, written for unembed and bias."""
-    block = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    block = _block(plan, head, start, width)
     bias = None if head.bias is None else take_rows(head.bias, start, width)
     wide = wide_dtype(head)
     num_tiles = len(targets) // plan.rows
@@ -300,9 +310,12 @@ def _backpropagate(
     none = partial(_zeros, like=head.hidden)
     of_block = _Gradient(grad.hidden, none(block.shape, wide), None if bias is None else none(bias.shape, wide))
     new = over_tiles(tile, add, of_block, num_tiles=num_tiles, rows=plan.rows, count=count)
+    of_rows = new.unembed
+    if plan.width_axis is not None:  # the sum over its devices' tokens, of this device's columns
+        of_rows = jax.lax.psum_scatter(of_rows, plan.width_axis, scatter_dimension=1, tiled=True)
     return _Gradient(
         hidden=new.hidden,
-        unembed=_write(grad.unembed, new.unembed, start),
+        unembed=_write(grad.unembed, of_rows, start),
         bias=None if grad.bias is None else _write(grad.bias, new.bias, start),
     )
 
