@@ -55,6 +55,20 @@ def test_a_plan_counts_shards_and_collectives(cfg):
     assert json.loads(json.dumps(planning.as_dict(plan)))["total"] == plan.total
 
 
+def test_fsdp_gathers_each_parameter_once_a_pass_and_no_table_for_its_gradient(cfg):
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=2**15))  # no table is a small part
+    plan = planning.make_plan(cfg, jax.devices())
+    table = cfg.model.vocab_size * cfg.model.width
+    kernels = specs.count(decoder.spec(cfg.model)["layers"])
+    # float32, of which a device sends 7 of 8 parts; two micro-batches; forward, and again for the backward pass
+    once = cfg.train.num_microbatches * 4 * 7 / 8
+    assert plan.sent["all-gather", ("fsdp",)][1] == pytest.approx(2 * once * (table + kernels), rel=0.01)
+    assert plan.sent["reduce-scatter", ("fsdp",)][1] == pytest.approx(once * table, rel=0.01)
+    tokens = cfg.data.batch_size * cfg.data.sequence_length / 8 / cfg.train.num_microbatches
+    exchanged = plan.sent["all-to-all", ("fsdp",)][1]  # of the embedding: its rows there, and their gradients back
+    assert exchanged == pytest.approx(2 * once * tokens * cfg.model.width, rel=0.01)
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_says_so_and_the_largest_batch_is_between(cfg, monkeypatch):
     plan = planning.make_plan(cfg, jax.devices())
