@@ -11,7 +11,11 @@ Epochs, rates and batches are those of the paper's table 10 (arXiv:2505.22202), 
 are ours (linear; the paper's latents have a cosine).
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from jaxlm.models.presets import preset
 
 # Of each task: samples to train on, and (epochs, rate, batch) of cot, semantic, contextual and latent stages.
 TASKS = {
@@ -36,6 +40,7 @@ def get_config(arg: str = "blocksworld") -> ConfigDict:
     config.recipe = "sentence_by_sentence"
     config.run_dir = f"runs/gpt2_{task}"
     config.init_from = "gpt2"
+    config.model = dataclasses.asdict(preset("gpt2"))
     config.data = dict(
         task=task, tokenizer="gpt2", batch_size=SAME_BATCH, max_steps=steps, max_step_tokens=step_tokens,
         max_question_tokens=question_tokens,

@@ -48,6 +48,7 @@ from jaxlm.recipes.wiring import (
     train_parameters,
 )
 from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.sharding.place import make_constrain
 from jaxlm.sharding.rules import param_shardings
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import make_evaluate
@@ -58,6 +59,7 @@ from jaxlm.train.plot import plot_run
 from jaxlm.train.preference import (
     Objective,
     ParamsOf,
+    Scorer,
     frozen_alone,
     make_pair_objective,
     make_preference_eval,
@@ -67,7 +69,7 @@ from jaxlm.train.preference import (
     policy_alone,
 )
 from jaxlm.train.reference import make_score_step
-from jaxlm.typing import Array, Params
+from jaxlm.typing import Array, LossFn, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +131,7 @@ def run(cfg: Config) -> Result:
     show_start(trained, s)
     # Compacted along a sharded length, targets would travel between devices.
     capacity = s.data.capacity if s.mesh.shape["sequence"] == 1 else None
-    score_tokens = make_hidden_scorer(
-        make_apply(s.model, s.constrain), partial(decoder.head, cfg=s.model), mesh=s.mesh, capacity=capacity
-    )
-    scorer = make_scorer(score_tokens, slots=s.data.slots, ld_alpha=cfg.ld_alpha)
+    scorer = make_response_scorer(cfg, s.model, s.mesh, slots=s.data.slots, capacity=capacity)
     score = make_score_step(scorer, s.mesh)
     starting = partial(start, cfg, spec, s.mesh)
     if cfg.needs_reference and cfg.reference == "cached":
@@ -146,7 +145,7 @@ def run(cfg: Config) -> Result:
     result = train_parameters(
         cfg,
         trained,
-        make_preference_loss(scorer, objective, policy=policy, reference=reference),
+        make_loss(cfg, scorer),
         mesh=s.mesh,
         data=s.data,
         place=s.place,
@@ -167,6 +166,21 @@ def run(cfg: Config) -> Result:
         say(f"loss curve: {plot_run(folder / 'metrics.jsonl', folder / 'loss.png', metric='loss')}")
     say_continuations(cfg.sample_prompts, cfg.sampling, final_params(cfg, result), s)
     return result
+
+
+def make_response_scorer(
+    cfg: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, *, slots: int, capacity: int | None
+) -> Scorer:
+    """The summed log-probabilities of the responses in a row. capacity: see `make_hidden_scorer`."""
+    apply = make_apply(model, make_constrain(mesh))
+    score = make_hidden_scorer(apply, partial(decoder.head, cfg=model), mesh=mesh, capacity=capacity)
+    return make_scorer(score, slots=slots, ld_alpha=cfg.ld_alpha)
+
+
+def make_loss(cfg: Config, scorer: Scorer) -> LossFn:
+    """The losses of the config on responses that are scored so."""
+    policy, reference = models(cfg)
+    return make_preference_loss(scorer, make_objective(cfg), policy=policy, reference=reference)
 
 
 def start(cfg: Config, spec: specs.Spec, mesh: jax.sharding.Mesh) -> Params:

@@ -7,9 +7,11 @@ Compiles the training step of a config for a TPU slice on this machine, without 
 bounds it: memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and
 network need. Nothing is read but the config: no data, no weights. Needs libtpu: pip install 'jaxlm[tpu]'.
 
+  jaxlm plan --config configs/sentence_by_sentence/gpt2.py --topology v5e:2x4 --stage contextual --config.mesh.data=8
+
 Topologies: v4:4x4x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x4, ... The mesh of the config must have as many devices.
-Recipes: lm. Times are bounds, from the peaks of the chip (jaxlm/train/chips.py): each is what the step would take if
-nothing else took any, so their largest bounds the MFU from above.
+Recipes: lm, dpo, simcse, sentence_by_sentence (--stage: the first latent). Times are bounds, from the peaks of the chip
+(jaxlm/train/chips.py): each is what the step would take if nothing else took any, so their largest bounds the MFU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,27 +29,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.data.batch import FIELDS
-from jaxlm.models import decoder
 from jaxlm.ops.platform import compiling_for
-from jaxlm.recipes import lm
 from jaxlm.recipes.describe import bytes_text
+from jaxlm.recipes.plan_work import Work, make_work
 from jaxlm.recipes.train import load_recipe
 from jaxlm.recipes.wiring import make_step
 from jaxlm.sharding.mesh import make_mesh
-from jaxlm.sharding.place import check_batch
-from jaxlm.sharding.rules import batch_parts, batch_sharding
+from jaxlm.sharding.rules import batch_parts
 from jaxlm.sharding.topology import tpu_devices
-from jaxlm.train import flops
 from jaxlm.train.chips import Chip, chip
 from jaxlm.train.collectives import Collective, collectives
 from jaxlm.train.loop import lower_ahead
+
+COMPILES = 3
+"""In search of the largest batch."""
 
 
 class Plan(NamedTuple):
     """What the compiled step needs of one device. memory: bytes by class, largest first, `total` not among them.
     capacity: bytes of the device. times: seconds by what is used at its peak. sent: bytes over the network by (kind,
-    axes), with the number of runs."""
+    axes), with the number of runs. assumed: of what only the data would tell."""
 
     memory: dict[str, float]
     capacity: float
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     sent: dict[tuple[str, tuple[str, ...]], tuple[int, float]]
     tokens: int
     compile_s: float
+    assumed: str = ""
 
     @property
     def total(self) -> float:
@@ -72,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm plan`."""
     parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
     parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="a TPU slice, as v5p:4x4x8")
-    parser.add_argument("--no-batch", action="store_true", help="do not look for the largest batch (a second compile)")
+    parser.add_argument("--stage", metavar="NAME", help="of sentence_by_sentence (default: the first latent)")
+    more = f"do not look for the largest batch, by up to {COMPILES} more compiles"
+    parser.add_argument("--no-batch", action="store_true", help=more)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plan there")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw memory and times")
 
@@ -80,16 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Compiles, and prints the plan."""
     recipe, cfg = load_recipe(args.config, args.overrides)
-    if recipe is not lm:
-        raise ValueError(f"jaxlm plan knows the recipe lm, found {cfg.recipe!r}")
-    cfg = lm.resolve(cfg)
+    cfg = recipe.resolve(cfg)
     found = tpu_devices(args.topology)
     print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
-    plan = make_plan(cfg, found)
+    plan = make_plan(cfg, found, args.stage)
     print(render(plan))
-    most = None if args.no_batch else largest_batch(cfg, found, plan)
+    most = None if args.no_batch else largest_batch(cfg, found, plan, args.stage)
     if most is not None:
-        print(f"largest batch that fits, with {cfg.train.num_microbatches} micro-batches: {most:,} rows")
+        print(f"largest batch that fits, with {num_microbatches(cfg)} micro-batches: {most:,} rows")
     if args.json:
         args.json.write_text(json.dumps(as_dict(plan) | {"topology": args.topology, "largest_batch": most}, indent=1))
     if args.plot:
@@ -97,63 +99,58 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_plan(cfg: lm.Config, found: Sequence[Any]) -> Plan:
+def make_plan(cfg: Any, found: Sequence[Any], stage: str | None = None) -> Plan:
     """The plan of a resolved config on those devices, which need not be here."""
-    assert cfg.model is not None  # resolve
-    mesh = make_mesh(cfg.mesh, found)
-    length, rows = cfg.data.sequence_length, cfg.data.batch_size
-    check_batch(mesh, batch_size=rows, num_microbatches=cfg.train.num_microbatches, sequence_length=length)
-    spec = decoder.spec(cfg.model)
-    whole = batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=whole) for name, dtype in FIELDS.items()}
     start = time.perf_counter()
     with compiling_for(found[0].platform):
-        step = make_step(cfg, spec, lm.make_loss(cfg, cfg.model, mesh), mesh=mesh, row_keys=cfg.model.dropout > 0)
-        compiled = _compile(lower_ahead(step.run, step.abstract, batch))
-    seconds = time.perf_counter() - start
-    per_token = flops.flops_per_token(
-        spec, sequence_length=length, num_layers=cfg.model.num_layers, num_heads=cfg.model.num_heads,
-        head_dim=cfg.model.head_dim,
-    )  # fmt: skip
-    return read_plan(compiled, step.abstract, batch, mesh, model_flops=per_token * rows * length, compile_s=seconds)
+        work, mesh = make_work(cfg, found, stage)
+        step = make_step(work.run, work.spec, work.loss, mesh=mesh, row_keys=work.row_keys)
+        state = step.abstract.replace(frozen=work.frozen)  # type: ignore[attr-defined]
+        compiled = _compile(lower_ahead(step.run, state, work.batch))
+    return read_plan(compiled, state, work, mesh, compile_s=time.perf_counter() - start)
+
+
+class DoesNotFitError(ValueError):
+    """The compiler finds that a program cannot fit."""
 
 
 def _compile(lowered: Any) -> Any:
-    """Compiled; ValueError where the compiler itself finds that the program cannot fit."""
+    """Compiled; DoesNotFitError where the compiler itself finds that the program cannot fit."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise DoesNotFitError(
             f"it DOES NOT FIT, and the compiler refuses it: {reason}. Take more devices, a smaller data.batch_size, "
             "more train.num_microbatches, or model.remat='full'"
         ) from error
 
 
-def read_plan(compiled: Any, state: Any, batch: Any, mesh: Mesh, *, model_flops: float, compile_s: float) -> Plan:
-    """What a compiled step says of itself. model_flops: of the whole step, on all devices."""
+def read_plan(compiled: Any, state: Any, work: Work, mesh: Mesh, *, compile_s: float) -> Plan:
+    """What a compiled step says of itself."""
     peak = peaks(mesh)
     stats = compiled.memory_analysis()
     memory = {
         "parameters": held(state.params),
         "optimizer": held(state.opt_state),
         "average": held(state.ema),
-        "batch": held(batch),
+        "frozen": held(state.frozen),
+        "batch": held(work.batch),
         "temporaries": float(stats.temp_size_in_bytes),
         "program": float(stats.generated_code_size_in_bytes),
     }
     found = collectives(compiled.as_text(), mesh)
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * stats.temp_size_in_bytes
     times = {
-        "products": model_flops / mesh.size / peak.flops,
+        "products": work.model_flops / mesh.size / peak.flops,
         "memory": moved / peak.memory_bandwidth,
         "network": sum(c.times * c.sent for c in found) / peak.network_bandwidth,
     }
     return Plan(
-        dict(sorted(memory.items(), key=lambda item: -item[1])), peak.memory, model_flops, times, by_kind(found),
-        math.prod(batch["inputs"].shape), compile_s,
+        dict(sorted(memory.items(), key=lambda item: -item[1])), peak.memory, work.model_flops, times, by_kind(found),
+        work.tokens, compile_s, work.assumed,
     )  # fmt: skip
 
 
@@ -185,17 +182,46 @@ def by_kind(found: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], tu
     return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
 
 
-def largest_batch(cfg: lm.Config, found: Sequence[Any], plan: Plan) -> int | None:
-    """The most rows of a batch that fit, by a second compile and a line through both temporaries; None if none do."""
-    parts = batch_parts(make_mesh(cfg.mesh, found)) * cfg.train.num_microbatches
+def num_microbatches(cfg: Any) -> int:
+    """Of a recipe that has them."""
+    return cfg.train.num_microbatches if hasattr(cfg, "train") else 1
+
+
+def largest_batch(cfg: Any, found: Sequence[Any], plan: Plan, stage: str | None = None) -> int | None:
+    """The most rows of a batch that were seen to fit, by up to `COMPILES` more compiles; None if none did."""
+    parts = batch_parts(make_mesh(cfg.mesh, found)) * num_microbatches(cfg)
     rows = cfg.data.batch_size // parts
-    other = rows // 2 or 2
-    data = dataclasses.replace(cfg.data, batch_size=other * parts)
-    second = make_plan(dataclasses.replace(cfg, data=data), found)
-    slope = (plan.total - second.total) / (rows - other)
-    fixed = plan.total - rows * slope
-    most = int((plan.capacity - fixed) // slope) if slope > 0 else 0
-    return most * parts if most > 0 else None
+    sizes, guess = {rows: plan.total}, 2 * rows if plan.total <= plan.capacity else rows // 2
+    for _ in range(COMPILES):
+        if guess < 1 or guess in sizes:
+            break
+        data = dataclasses.replace(cfg.data, batch_size=guess * parts)
+        try:
+            sizes[guess] = make_plan(dataclasses.replace(cfg, data=data), found, stage).total
+        except DoesNotFitError:
+            sizes[guess] = math.inf
+        guess = next_guess(sizes, plan.capacity)
+    return max((n * parts for n, size in sizes.items() if size <= plan.capacity), default=None)
+
+
+def next_guess(sizes: Mapping[int, float], capacity: float) -> int:
+    """The rows at which a line through two known sizes meets the capacity; between one that fits and one that does not
+    where there are both. A peak is the largest of several moments', each linear in the rows: such a line is never below
+    it between its points, so what it finds there fits.
+
+    >>> next_guess({1: 30, 2: 40}, 100), next_guess({2: 40, 8: 160}, 100), next_guess({2: 9, 8: math.inf}, 10)
+    (8, 5, 5)
+    """
+    fits = sorted(n for n, size in sizes.items() if size <= capacity)
+    beyond = sorted(n for n, size in sizes.items() if size > capacity)
+    if fits and beyond:
+        low, high = fits[-1], beyond[0]
+    else:
+        low, high = fits[-2:] if fits else beyond[:2]
+    slope = (sizes[high] - sizes[low]) / (high - low)
+    if not 0 < slope < math.inf:
+        return (low + high) // 2 if beyond else 2 * high
+    return low + math.floor((capacity - sizes[low]) / slope)
 
 
 def render(plan: Plan) -> str:
@@ -211,6 +237,8 @@ def render(plan: Plan) -> str:
     lines += [f"  {name:12}{1e3 * seconds:10.1f} ms" for name, seconds in plan.times.items()]
     work = f"{plan.tokens:,} tokens and {plan.model_flops:.3g} model FLOPs a step"
     lines += ["", f"{work}; MFU at most {100 * plan.mfu_bound:.0f} %"]
+    if plan.assumed:
+        lines.append(f"assumed: {plan.assumed}")
     return "\n".join(lines)
 
 

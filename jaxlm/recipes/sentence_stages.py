@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from jaxlm.sharding.rules import batch_parts, param_shardings
 from jaxlm.train.checkpoint import best_step, latest_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss
-from jaxlm.train.objectives import make_hidden_nll
+from jaxlm.train.objectives import make_head_stats, make_hidden_nll
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.progress import Throughput
 from jaxlm.train.reference import fingerprint, map_rows
@@ -91,16 +91,17 @@ class StageRun:
 
 
 class Stages:
-    """The stages of a config on its mesh."""
+    """The stages of a config on its mesh, of these devices (None: all that are here)."""
 
-    def __init__(self, cfg: Config, task: Task):
+    def __init__(self, cfg: Config, task: Task, devices: Sequence[Any] | None = None):
         self.cfg, self.task = cfg, task
         assert cfg.model is not None  # resolve
         self.model: DecoderConfig = cfg.model
-        self.mesh = make_mesh(cfg.mesh)
+        self.mesh = make_mesh(cfg.mesh, devices)
         check_batch(self.mesh, batch_size=cfg.data.batch_size, sequence_length=1)
         self.constrain = make_constrain(self.mesh)
         self.head = partial(decoder.head, cfg=self.model)
+        self.stats = make_head_stats(self.head, self.mesh)
         self.capacity = cache(self._capacity)
         self.ask = Inference(
             self.model, task, self.mesh, self.constrain, num_sentences=cfg.num_sentences,
@@ -173,7 +174,7 @@ class Stages:
         if contrast:
             settings |= {"contrast_weight": cfg.contrast_weight, "temperature": cfg.temperature}
         loss = make_sentence_loss(
-            self.vectors[name], self.states, self.head, drop=None if exact else self.drop,
+            self.vectors[name], self.states, self.stats, drop=None if exact else self.drop,
             contrast_weight=cfg.contrast_weight if contrast else None, temperature=cfg.temperature,
             capacity=self.capacity(cfg.stages[name].num_steps),
         )  # fmt: skip
@@ -219,7 +220,7 @@ class Stages:
             return {f"{stage.name} {way}": scores for way, scores in found.items()}
 
         loss = make_latent_loss(
-            predict, self.states, self.head, weights=stage.weights, temperature=self.cfg.temperature,
+            predict, self.states, self.stats, weights=stage.weights, temperature=self.cfg.temperature,
             capacity=self.capacity(stage.num_steps),
         )  # fmt: skip
         settings = {
@@ -246,10 +247,22 @@ class Stages:
         rows, vectors = self.rows("train", skip=way.skip), {}
         if latest_step(Path(cfg.run_dir) / way.name / "checkpoints") != stage.num_steps:  # there are batches to come
             vectors = {field: self.precomputed(name, kept[name], rows) for field, name in way.vectors.items()}
+        run = self.configured(way, {name: fingerprint(kept[name]) for name in way.needs})
+        train_parameters(
+            run, way.spec, way.loss, mesh=self.mesh,
+            data=make_batches(cfg.data, rows, self.task, num_steps=stage.num_steps, vectors=vectors),
+            place=partial(shard_rows, mesh=self.mesh), initial=partial(way.initial, kept), frozen=way.frozen(kept),
+            evaluate=partial(self.validate, way, kept),
+            speed=Throughput(cfg.data.batch_size * rows.columns["text"].length), row_keys=True,
+        )  # fmt: skip
+        return way.whole(self.load(run, way.spec), kept)
+
+    def configured(self, way: Way, starts_from: dict[str, str]) -> StageRun:
+        """The stage as a run of its own. starts_from: fingerprints of the parameters of the stages before it."""
+        cfg, stage = self.cfg, way.stage
         every = max(1, -(-stage.num_steps // cfg.evals))
-        run = StageRun(
-            run_dir=str(Path(cfg.run_dir) / way.name), settings=way.settings,
-            starts_from={name: fingerprint(kept[name]) for name in way.needs}, model=self.model,
+        return StageRun(
+            run_dir=str(Path(cfg.run_dir) / way.name), settings=way.settings, starts_from=starts_from, model=self.model,
             init_from=None if way.needs else cfg.init_from, data=cfg.data,
             train=TrainConfig(
                 num_steps=stage.num_steps, log_every=20, eval_every=every, checkpoint_every=every,
@@ -260,14 +273,6 @@ class Stages:
                 weight_decay=stage.weight_decay,
             ),
         )  # fmt: skip
-        train_parameters(
-            run, way.spec, way.loss, mesh=self.mesh,
-            data=make_batches(cfg.data, rows, self.task, num_steps=stage.num_steps, vectors=vectors),
-            place=partial(shard_rows, mesh=self.mesh), initial=partial(way.initial, kept), frozen=way.frozen(kept),
-            evaluate=partial(self.validate, way, kept),
-            speed=Throughput(cfg.data.batch_size * rows.columns["text"].length), row_keys=True,
-        )  # fmt: skip
-        return way.whole(self.load(run, way.spec), kept)
 
     def validate(self, way: Way, kept: Kept, state: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         """`evaluate` of the loop: the scores on the validation samples."""

@@ -2,8 +2,9 @@
 
 A batch is that of `jaxlm.data.reasoning.make_sample_rows`. The vectors of its sentences come from a `Vectors`, semantic
 or contextual, while these are learnt; those of a frozen encoder never change and are data, a field of the batch
-computed once. `states` is the sentence decoder (`jaxlm.models.latent.decoder_states`). A batch is one micro-batch: the
-terms are means over different things, and the negatives are the whole batch.
+computed once. `states` is the sentence decoder (`jaxlm.models.latent.decoder_states`), `stats` its head
+(`jaxlm.train.objectives.make_head_stats`), whose log-probabilities `jaxlm.losses.next_sentence_nll` sums. A batch is
+one micro-batch: the terms are means over different things, and the negatives are the whole batch.
 
 Source: Hwang et al. 2025, arXiv:2505.22202, sections 3.1 and 3.2.
 """
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.losses import latent_info_nce, latent_squared_error, next_sentence_nll, termination
+from jaxlm.losses import latent_info_nce, latent_squared_error, termination
 from jaxlm.ops.masked import masked_mean
-from jaxlm.train.objectives import Head, Nll, make_hidden_nll, make_next_token_loss
+from jaxlm.train.objectives import Head, HeadStats, Nll, make_hidden_nll, make_next_token_loss
 from jaxlm.typing import Array, Batch, Bool, Float, LossFn, Metrics, Params
 
 TERMS = ("nll", "info_nce", "tie", "mse", "stop")
@@ -79,7 +80,7 @@ def make_thoughts_loss(states_after: Callable[..., Array], head: Head, *, room: 
 def make_sentence_loss(
     vectors: Vectors,
     states: States,
-    head: Head,
+    stats: HeadStats,
     *,
     drop: Callable[[Array, Array | None], Array] | None = None,
     contrast_weight: float | None = None,
@@ -100,7 +101,7 @@ def make_sentence_loss(
     def loss_fn(params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         found, there = vectors(params, batch), sentences(batch)
         read = found if drop is None else drop(found, key)
-        terms = {"nll": _per_token(read, batch, params, states, head, capacity)}
+        terms = {"nll": _per_token(read, batch, params, states, stats, capacity)}
         if "info_nce" in weights:
             nce = latent_info_nce(found, batch["semantic"], mask=there, temperature=temperature)
             terms["info_nce"] = masked_mean(nce, there)
@@ -110,8 +111,8 @@ def make_sentence_loss(
 
 
 def make_latent_loss(
-    predict: Callable[..., Any], states: States, head: Head, *, weights: Mapping[str, float], temperature: float = 0.1,
-    capacity: int | None = None,
+    predict: Callable[..., Any], states: States, stats: HeadStats, *, weights: Mapping[str, float],
+    temperature: float = 0.1, capacity: int | None = None,
 ) -> LossFn:  # fmt: skip
     """Predicting batch["vectors"], [B, M, E], of a frozen encoder; gradients pass through the frozen decoder.
 
@@ -136,7 +137,7 @@ def make_latent_loss(
         found = predict(params, batch, h, there, key)
         terms = {}
         if "nll" in weights:
-            terms["nll"] = _per_token(found.sentence, batch, frozen, states, head, capacity)
+            terms["nll"] = _per_token(found.sentence, batch, frozen, states, stats, capacity)
         if "info_nce" in weights:
             nce = latent_info_nce(found.output, found.target, mask=there, temperature=temperature)
             terms["info_nce"] = masked_mean(nce, there)
@@ -154,7 +155,7 @@ def make_latent_loss(
 
 
 def _per_token(
-    read: Array, batch: Batch, params: Params, states: States, head: Head, capacity: int | None
+    read: Array, batch: Batch, params: Params, states: States, stats: HeadStats, capacity: int | None
 ) -> Float[Array, ""]:
     """The sentences' cross-entropy given their vectors, averaged over tokens."""
     vectors, tokens, segments = (
@@ -168,8 +169,9 @@ def _per_token(
         vectors, tokens, segments, mask = (x[kept] for x in (vectors, tokens, segments, mask))
         count = jnp.where(jnp.sum(there) > capacity, jnp.nan, count)
     hidden = states(params, vectors, tokens, segments)
-    nll = next_sentence_nll(hidden, targets=tokens, mask=mask, **head(params))
-    return jnp.sum(nll) / count
+    logprob = stats(params, hidden, tokens, mask, ("logprob",)).logprob
+    assert logprob is not None
+    return -jnp.sum(logprob) / count
 
 
 def _weighted(terms: dict[str, Array], weights: Mapping[str, float], there: Array) -> tuple[Array, Array, Metrics]:

@@ -32,24 +32,15 @@ Nll = Callable[[Params, Batch, "Key[Array, 'B'] | None", float], tuple[Array, To
 Head = Callable[[Params], dict[str, Any]]
 """params -> the keyword arguments of `token_stats` that are the unembedding: unembed [V, D], bias, soft_cap."""
 
+HeadStats = Callable[[Params, Array, Array, Array, Collection[str]], TokenStats]
+"""(params, hidden [B, T, D], targets [B, T], mask [B, T], outputs) -> the statistics, each [B, T]."""
 
-def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None, capacity: int | None = None) -> Score:
-    """Scores a model that returns hidden states, through the hot path: no [tokens, vocab] array is ever held.
 
-    On a mesh of several devices each scores its own tokens against its own share of the vocabulary. capacity: the most
-    targets that any row has; only so many positions of each row then meet the vocabulary, and prompts cost nothing
-    there (None: all T do). A row with more gets NaN, which a training step refuses.
+def make_head_stats(head: Head, mesh: Mesh | None = None) -> HeadStats:
+    """The statistics of targets given hidden states, through the hot path: no [tokens, vocab] array is ever held.
+
+    On a mesh of several devices each scores its own tokens against its own share of the vocabulary.
     """
-
-    def score(params: Params, batch: Batch, key: Array | None, outputs: Collection[Any]) -> TokenStats:
-        hidden = _apply(apply, params, batch, key)
-        if capacity is None or capacity >= hidden.shape[1]:
-            return stats(params, hidden, batch["targets"], batch["mask"], outputs)
-        mask = batch["mask"]
-        kept = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]  # the targets' positions first, in order
-        targets, present = (jnp.take_along_axis(x, kept, axis=1) for x in (batch["targets"], mask))
-        compact = stats(params, jnp.take_along_axis(hidden, kept[..., None], axis=1), targets, present, outputs)
-        return TokenStats(*(None if x is None else _spread(x, mask) for x in compact))
 
     def stats(params: Params, hidden: Array, targets: Array, mask: Array, outputs: Collection[Any]) -> TokenStats:
         where = dict(head(params), mask=mask, outputs=outputs)
@@ -64,6 +55,27 @@ def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None, ca
             width_axis="fsdp" if mesh.shape["fsdp"] > 1 else None,
             **where,
         )
+
+    return stats
+
+
+def make_hidden_scorer(apply: Apply, head: Head, *, mesh: Mesh | None = None, capacity: int | None = None) -> Score:
+    """Scores a model that returns hidden states, by `make_head_stats`.
+
+    capacity: the most targets that any row has; only so many positions of each row then meet the vocabulary, and
+    prompts cost nothing there (None: all T do). A row with more gets NaN, which a training step refuses.
+    """
+    stats = make_head_stats(head, mesh)
+
+    def score(params: Params, batch: Batch, key: Array | None, outputs: Collection[Any]) -> TokenStats:
+        hidden = _apply(apply, params, batch, key)
+        if capacity is None or capacity >= hidden.shape[1]:
+            return stats(params, hidden, batch["targets"], batch["mask"], outputs)
+        mask = batch["mask"]
+        kept = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]  # the targets' positions first, in order
+        targets, present = (jnp.take_along_axis(x, kept, axis=1) for x in (batch["targets"], mask))
+        compact = stats(params, jnp.take_along_axis(hidden, kept[..., None], axis=1), targets, present, outputs)
+        return TokenStats(*(None if x is None else _spread(x, mask) for x in compact))
 
     return score
 

@@ -16,13 +16,14 @@ from jaxlm.models import decoder, latent
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.train.latent import make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss, sentences
-from jaxlm.train.objectives import make_hidden_nll
+from jaxlm.train.objectives import make_head_stats, make_hidden_nll
 
 MODEL = DecoderConfig(
     vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=32, max_length=64
 )
 CFG = latent.LatentConfig(MODEL, 16, 16, dropout=0.0)
 HEAD = partial(decoder.head, cfg=MODEL)
+STATS = make_head_stats(HEAD)
 STATES = partial(latent.decoder_states, cfg=MODEL)
 SAMPLES = [Sample("ab?", ("c", "de"), "f"), Sample("a?", (), "g"), Sample("long one?", ("cc",), "f")]
 
@@ -76,7 +77,7 @@ def test_the_answer_loss_counts_what_follows_the_question(batch, params):
 
 @pytest.mark.parametrize("vectors", [semantic, contextual], ids=lambda f: f.__name__)
 def test_padding_and_missing_sentences_change_nothing(batch, params, vectors):
-    loss = make_sentence_loss(vectors, STATES, HEAD)
+    loss = make_sentence_loss(vectors, STATES, STATS)
     spoilt = {
         name: jnp.where(batch[name.replace("tokens", "segments").replace("steps", "step_segments")] == 0, 77, x)
         if name.endswith(("tokens", "steps")) else x
@@ -96,7 +97,7 @@ def test_padding_and_missing_sentences_change_nothing(batch, params, vectors):
 
 
 def test_the_contrast_draws_contextual_vectors_to_the_semantic_ones(batch, params):
-    loss = jax.jit(make_sentence_loss(contextual, STATES, HEAD, contrast_weight=0.5))
+    loss = jax.jit(make_sentence_loss(contextual, STATES, STATS, contrast_weight=0.5))
     target = jax.jit(semantic)(specs.init(jax.random.key(1), decoder.spec(MODEL)), batch)
     total, rows, metrics = loss(params, {**batch, "semantic": target}, None)
     there = sentences(batch)
@@ -114,7 +115,7 @@ def test_of_sentences_that_are_not_there_the_decoder_reads_none(batch, params):
             rows.append(len(tokens))
             return STATES(params, vectors, tokens, segments)
 
-        loss = jax.jit(jax.value_and_grad(lambda p: make_sentence_loss(semantic, states, HEAD, capacity=number)(
+        loss = jax.jit(jax.value_and_grad(lambda p: make_sentence_loss(semantic, states, STATS, capacity=number)(
             p, batch, None)[0]))  # fmt: skip
         return loss(params), rows[0]
 
@@ -131,7 +132,7 @@ def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch,
     weights = {"nll": 1.0, "info_nce": 0.5, "tie": 2.0, "mse": 0.25, "stop": 0.5}
     frozen = specs.init(jax.random.key(1), decoder.spec(MODEL))
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = jax.jit(make_latent_loss(predict, STATES, HEAD, weights=weights))
+    loss = jax.jit(make_latent_loss(predict, STATES, STATS, weights=weights))
     vectors = jax.jit(contextual)(params, batch)
     batch = {**batch, "vectors": vectors}
     total, rows, metrics = loss(trained, batch, None, frozen=frozen)
@@ -143,14 +144,14 @@ def test_the_latent_loss_is_the_sum_of_its_terms_and_reaches_both_mappers(batch,
     grad = jax.grad(lambda p: loss(p, batch, None, frozen=frozen)[0])(trained)
     for name in ("into", "out", "model", "stop"):
         assert np.abs(np.asarray(jax.tree.leaves(grad[name])[0])).max() > 0
-    alone = jax.jit(make_latent_loss(predict, STATES, HEAD, weights={"tie": 1.0}))
+    alone = jax.jit(make_latent_loss(predict, STATES, STATS, weights={"tie": 1.0}))
     tied = jax.grad(lambda p: alone(p, batch, None, frozen=frozen)[0])(trained)
     assert np.all(np.asarray(tied["out"]["up"]["kernel"]) == 0)
 
 
 def test_the_classifier_learns_the_last_sentence_and_moves_nothing_else(batch, params):
     trained = specs.init(jax.random.key(2), latent.spec(CFG))
-    loss = jax.jit(make_latent_loss(predict, STATES, HEAD, weights={"stop": 1.0}))
+    loss = jax.jit(make_latent_loss(predict, STATES, STATS, weights={"stop": 1.0}))
     batch = {**batch, "vectors": jax.jit(contextual)(params, batch)}
     total, rows, _ = loss(trained, batch, None, frozen=params)
     found = predict(trained, batch, batch["vectors"], sentences(batch), None)
@@ -180,4 +181,4 @@ def test_the_loss_after_thoughts_counts_what_follows_the_question(batch, params)
 @pytest.mark.parametrize("weights", [{}, {"nll": 1.0, "kl": 1.0}])
 def test_unknown_terms_are_refused(weights):
     with pytest.raises(ValueError, match="expected nll, info_nce, tie, mse"):
-        make_latent_loss(predict, STATES, HEAD, weights=weights)
+        make_latent_loss(predict, STATES, STATS, weights=weights)
