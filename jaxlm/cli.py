@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("jaxlm.recipes.train", "train a model from a config file; started again, it resumes"),
     "plan": ("jaxlm.recipes.plan", "whether a config fits a TPU slice, and what bounds it, compiled on this machine"),
+    "report": ("jaxlm.recipes.report", "one page about runs: curves, goodput, differences of their configs"),
     "show": ("jaxlm.recipes.show", "print the batches of a config as a person reads them"),
     "generate": ("jaxlm.recipes.generate", "continue prompts with a trained or imported model"),
     "encode": ("jaxlm.recipes.encode", "sentence vectors of texts with a pretrained encoder"),

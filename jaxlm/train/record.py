@@ -96,7 +96,7 @@ def check_resumable(
     >>> check_resumable({"train": {"num_steps": 10}}, {"train": {"num_steps": 20}})
     ['train.num_steps: 10 -> 20']
     """
-    old, new = dict(_flat(_json(recorded))), dict(_flat(_json(current)))
+    old, new = flat(recorded), flat(current)
     absent = "(absent)"
     changed = [name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent)]
     lines = {name: f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}" for name in changed}
@@ -111,9 +111,13 @@ def check_resumable(
     return [lines[name] for name in harmless]
 
 
-def _json(tree: Any) -> Any:
-    """As it comes back from a file: tuples are lists, keys are strings."""
-    return json.loads(json.dumps(tree))
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config by dotted name, as they come back from a file: tuples are lists, keys are strings.
+
+    >>> flat({"train": {"num_steps": 10, "betas": (0.9, 0.95)}})
+    {'train.num_steps': 10, 'train.betas': [0.9, 0.95]}
+    """
+    return dict(_flat(json.loads(json.dumps(tree))))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,8 @@ import jax
 from jaxlm.train.checkpoint import Checkpoints, latest_step, load_record, load_state
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
+from jaxlm.train.goodput import FILE as TIMELINE
+from jaxlm.train.goodput import TimelineSink
 from jaxlm.train.metrics import Console, JsonlSink, Sink
 from jaxlm.train.preemption import Preempted, Preemption
 from jaxlm.train.progress import Progress, Throughput
@@ -160,7 +162,8 @@ class Run:
         write_record(self._dir, self._record, step=self.start)
         lines = JsonlSink(self._dir / "metrics.jsonl", keep_through=keep)
         events = TensorBoardSink(self._dir / "tensorboard", keep_through=keep)
-        sinks: list[Sink] = [self._console, lines, events, *more]
+        timeline = TimelineSink(self._dir / TIMELINE, step=self.start)
+        sinks: list[Sink] = [self._console, lines, events, timeline, *more]
         for sink in sinks:
             self._stack.callback(sink.close)
         return sinks
