@@ -15,6 +15,7 @@ class TrainConfig:
     best_metric (None: no best), lowest or highest by best_mode. seed: of initialisation and dropout. num_microbatches:
     parts that a batch is computed in. ema_decay: of the moving average of parameters (None: none is kept). z_loss:
     weight of the squared logsumexp. max_skipped_in_a_row: steps without a finite update after which the run stops.
+    stall_s: seconds without a step after which the stacks of all threads are written down, see `jaxlm.train.heartbeat`.
     """
 
     num_steps: int
@@ -29,9 +30,12 @@ class TrainConfig:
     ema_decay: float | None = None
     z_loss: float = 0.0
     max_skipped_in_a_row: int = 10
+    stall_s: float | None = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_skipped_in_a_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
+        if self.stall_s is not None and not self.stall_s > 0:
+            raise ValueError(f"stall_s: expected a positive number of seconds or None, found {self.stall_s}")

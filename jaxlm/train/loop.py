@@ -2,8 +2,8 @@
 
 A run lives in one folder, and everything in it follows from its config:
 
-    run.json  metrics.jsonl  timeline.jsonl  tensorboard/  checkpoints/<step>/
-    and, after too many bad steps, nonfinite.json
+    run.json  metrics.jsonl  timeline.jsonl  heartbeat-<process>.json  tensorboard/  checkpoints/<step>/
+    and, after too many bad steps, nonfinite.json; where a process hung, stalled-<process>.txt
 
 `step` counts updates done. What is written for step n (metrics, evaluation, checkpoint) is the state after n updates,
 and batch n leads from there to n + 1. A checkpoint holds all that later numbers depend on, so a run that is stopped

@@ -16,6 +16,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.goodput import FILE as TIMELINE
 from jaxlm.train.goodput import TimelineSink
+from jaxlm.train.heartbeat import Heartbeat
 from jaxlm.train.metrics import Console, JsonlSink, Sink
 from jaxlm.train.preemption import Preempted, Preemption
 from jaxlm.train.progress import Progress, Throughput
@@ -71,11 +72,13 @@ class Run:
             )
         )
         self.preemption = stack.enter_context(Preemption())
+        self._heartbeat = Heartbeat(run_dir, process=jax.process_index(), stall_s=cfg.stall_s)
+        stack.callback(self._heartbeat.close)
         self.progress = Progress(
             log_every=cfg.log_every,
             num_steps=cfg.num_steps,
             write=self._write,
-            advance=self._console.advance if self._console else lambda step: None,
+            advance=self._advance,
             on_skipped=self._stop_if_too_many,
             throughput=throughput,
             constants=constants,
@@ -175,6 +178,11 @@ class Run:
             self._say(f"resuming from step {self.start} of {self._cfg.num_steps} ({self._folder / str(self.start)})")
         for note in notes:
             self._say(f"changed since that checkpoint: {note}")
+
+    def _advance(self, step: int) -> None:
+        self._heartbeat.beat(step)
+        if self._console is not None:
+            self._console.advance(step)
 
     def _say(self, text: str) -> None:
         if self._console is not None:

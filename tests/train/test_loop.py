@@ -34,7 +34,9 @@ def whole(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(whole):
     folder, result = whole
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "metrics.jsonl", "run.json", "tensorboard"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "heartbeat-0.json", "metrics.jsonl", "run.json", "tensorboard", "timeline.jsonl",
+    ]  # fmt: skip
     assert all_steps(folder / "checkpoints") == [20, 24]
     assert result.step == int(result.state.step) == 24
     lines = comparable(folder)
