@@ -2,7 +2,8 @@
 
 A cost analysis counts the body of a loop once, and a model is a loop over its layers: here a collective inside loops
 counts as often as they run, where the constant that a loop counts up to says so. The TPU compiler turns many gathers
-into loops of permutes between neighbours, which overlap with the products that need them.
+into loops of permutes between neighbours, which overlap with the products that need them, and spreads others over a
+chain of the fusions that they run beside: such a chain is one collective.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _CALLS = re.compile(r"\b(?:body|calls|to_apply|branch_computations|called_comput
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -49,10 +51,21 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     runs = _runs(bodies)
     return [
         _parse(line, found, mesh, times=runs[name])
-        for name, lines in bodies.items()
-        for line in lines
+        for name, line in _links_once(bodies)
         if (found := _OP.search(line)) and runs[name]
     ]
+
+
+def _links_once(bodies: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """(computation, line) of all lines, of the links of a chain only the first."""
+    seen: set[tuple[str, ...]] = set()
+    for name, lines in bodies.items():
+        for line in lines:
+            if chain := _CHAIN.search(line):
+                if chain.groups() in seen:
+                    continue
+                seen.add(chain.groups())
+            yield name, line
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:

@@ -76,3 +76,12 @@ def test_a_loop_runs_as_often_as_its_condition_says(mesh):
     )
     (found,) = collectives(hlo, mesh)
     assert found == ("all-gather", ("fsdp",), 32, 128.0, 96.0)
+
+
+def test_a_gather_spread_over_a_chain_of_fusions_is_one(mesh):
+    line = "%g = f32[8,4]{1,0} all-gather(%x), channel_id=7, dimensions={0}, replica_groups={{0,1,2,3,4,5,6,7}}"
+    link = f'{line}, frontend_attributes={{chain_id="2"}}'
+    fusions = "".join(f"%f.{i} (x: f32[1,4]) -> f32[8,4] {{\n  {link}\n}}\n" for i in range(3))
+    calls = "".join(f"  %c.{i} = f32[8,4]{{1,0}} fusion(%x), calls=%f.{i}\n" for i in range(3))
+    hlo = f"{fusions}ENTRY %main (x: f32[1,4]) -> f32[8,4] {{\n{calls}  {line}\n}}\n"
+    assert [c.times for c in collectives(hlo, mesh)] == [1, 1]  # the chain, and one that is in none
