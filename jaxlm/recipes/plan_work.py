@@ -83,7 +83,7 @@ def contrastive_work(cfg: simcse.Config, mesh: Mesh, stage: str | None) -> Work:
     """Of SimCSE, every text as long as data.max_tokens allows."""
     assert cfg.model is not None  # resolve
     words: Any = SimpleNamespace(mask_id=0, vocab_size=cfg.model.vocab_size, special_ids=())
-    trainer = Trainer(cfg, words, cfg.train_head, tuple(mesh.devices.flat))
+    trainer = Trainer(cfg, words, cfg.train_head, mesh)
     columns, loss = simcse.make_loss(cfg, trainer)
     rows, length = cfg.data.batch_size, -(-cfg.data.max_tokens // LENGTH_STEP) * LENGTH_STEP
     names = [f"{column}/{field}" for column in dict.fromkeys(columns) for field in ("tokens", "segments")]
@@ -100,7 +100,7 @@ def contrastive_work(cfg: simcse.Config, mesh: Mesh, stage: str | None) -> Work:
 def sentence_work(cfg: sentence_by_sentence.Config, mesh: Mesh, stage: str | None) -> Work:
     """Of one stage of reasoning by sentences, every sample as long as the limits of the data allow."""
     task = _longest_samples(cfg)
-    stages = Stages(dataclasses.replace(cfg, data=_without_files(cfg)), task, tuple(mesh.devices.flat))
+    stages = Stages(dataclasses.replace(cfg, data=_without_files(cfg)), task, mesh)
     ways = {way.name: way for way in stages.ways()}
     name = stage or (cfg.latents[0].name if cfg.latents else list(ways)[-1])
     if name not in ways:

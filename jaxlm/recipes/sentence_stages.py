@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.sentences import SentenceRows
@@ -91,13 +92,13 @@ class StageRun:
 
 
 class Stages:
-    """The stages of a config on its mesh, of these devices (None: all that are here)."""
+    """The stages of a config on its mesh (None: of all devices that are here)."""
 
-    def __init__(self, cfg: Config, task: Task, devices: Sequence[Any] | None = None):
+    def __init__(self, cfg: Config, task: Task, mesh: Mesh | None = None):
         self.cfg, self.task = cfg, task
         assert cfg.model is not None  # resolve
         self.model: DecoderConfig = cfg.model
-        self.mesh = make_mesh(cfg.mesh, devices)
+        self.mesh = mesh or make_mesh(cfg.mesh)
         check_batch(self.mesh, batch_size=cfg.data.batch_size, sequence_length=1)
         self.constrain = make_constrain(self.mesh)
         self.head = partial(decoder.head, cfg=self.model)

@@ -123,13 +123,13 @@ def tokenizer_of(cfg: SentenceRun, texts: Iterable[str]) -> HFTokenizer:
 class Trainer:
     """A resolved config on its mesh: the encoder as the loss sees it, and the run around a loss.
 
-    head: vectors in training are those behind the encoder's head. devices: of the mesh (None: all that are here).
+    head: vectors in training are those behind the encoder's head. on: the mesh (None: of all devices that are here).
     """
 
     cfg: SentenceRun
     tokenizer: HFTokenizer
     head: bool = False
-    devices: tuple[Any, ...] | None = None
+    on: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
         check(self.cfg)
@@ -144,7 +144,7 @@ class Trainer:
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices."""
-        return make_mesh(self.cfg.mesh, self.devices)
+        return self.on or make_mesh(self.cfg.mesh)
 
     def forward(self, params: Params, tokens: Array, *, segments: Array, key: Any) -> Array:
         """Tokens to hidden states."""

@@ -70,10 +70,12 @@ def test_fsdp_gathers_each_parameter_once_a_pass_and_no_table_for_its_gradient(c
     assert exchanged == pytest.approx(2 * once * tokens * cfg.model.width, rel=0.01)
 
 
-STAGES = [pytest.param("blocksworld", name, marks=pytest.mark.slow) for name in ("cot", "contextual", "coconut-2")]
+STAGES = [("blocksworld", name) for name in ("cot", "contextual", "latent", "coconut-2")]
 
 
-@pytest.mark.parametrize("name, stage", [("hh_small", None), ("unsup", None), ("blocksworld", "latent"), *STAGES])
+@pytest.mark.parametrize(
+    "name, stage", [("unsup", None), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("hh_small", None), *STAGES))]
+)
 def test_every_recipe_that_trains_has_a_plan(name, stage):
     (path,) = (ROOT / "configs").rglob(f"{name}.py")
     recipe, cfg = load_recipe(str(path), ["mesh.fsdp=8", "data.batch_size=16"])
