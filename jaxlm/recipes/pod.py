@@ -7,12 +7,13 @@
 What follows -- are the arguments of jaxlm; every process gets the same ones. Lines of process i start with "i| ". When
 one process ends with an error the others are stopped too, since they would wait for it; with --restarts all are started
 again, and resume from the last checkpoint. A SIGTERM or SIGINT to this command goes to all of them: they save at one
-step and end with status 75, which is passed on.
+step and end with status 75, which is passed on. Those that have not within --stop-grace seconds are killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -38,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for process in range(args.processes):
             print(shell_line(command, environment(process, args.processes, args.devices, port=0)))
         return 0
-    stopped: list[int] = []
+    stopped: list[float] = []
     running: list[Host] = []
 
     def pass_on(number: int, frame: object) -> None:
-        stopped.append(number)
+        stopped.append(time.monotonic())
         for process in running:
             process.send_signal(signal.SIGTERM)
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if attempt:
             print(f"local_pod: start {attempt + 1} of at most {args.restarts + 1}", flush=True)
         running[:] = start(command, processes=args.processes, devices=args.devices)
-        status = wait(running, grace=args.grace)
+        status = wait(running, grace=args.grace, stopped=stopped, stop_grace=args.stop_grace)
         if status == 0 or stopped:
             break
     return status
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--devices", type=int, default=4, help="simulated devices of each (default 4)")
     parser.add_argument("--restarts", type=int, default=0, help="how often all are started again (default 0)")
     parser.add_argument("--grace", type=float, default=30, help="seconds to end in, once another failed (default 30)")
+    parser.add_argument("--stop-grace", type=float, default=600, help="seconds to save in, once stopped (default 600)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of jaxlm")
     args = parser.parse_args(argv)
@@ -116,15 +118,21 @@ def _print_lines(i: int, process: Host, out: TextIO) -> None:
             print(f"{i}| {line}", end="", flush=True, file=out)
 
 
-def wait(running: Sequence[Host], *, grace: float) -> int:
-    """Until all have ended; once one has failed the others have `grace` seconds, and are then killed."""
+def wait(
+    running: Sequence[Host], *, grace: float, stopped: Sequence[float] = (), stop_grace: float = math.inf
+) -> int:
+    """Until all have ended; once one has failed the others have `grace` seconds, and are then killed.
+
+    stopped: when all were asked to stop, filled in while this waits; `stop_grace` seconds after the first they are too.
+    """
     failed: float | None = None
     first = 0
     while None in (statuses := [process.poll() for process in running]):  # each is asked, not only the first that runs
         bad = [status for status in statuses if status]
         if bad and failed is None:
             failed, first = time.monotonic(), bad[0]
-        if failed is not None and time.monotonic() - failed > grace:
+        now = time.monotonic()
+        if (failed is not None and now - failed > grace) or (stopped and now - stopped[0] > stop_grace):
             for process in running:
                 process.kill()
         time.sleep(0.05)

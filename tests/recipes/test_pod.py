@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -39,6 +40,13 @@ def test_a_process_that_fails_stops_the_others():
     )
     assert pod.wait(running, grace=0.2) == 1  # process 0 sleeps, and is killed
     assert running[0].returncode == -9
+
+
+def test_a_process_that_does_not_stop_is_killed():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    running = pod.start([sys.executable, "-c", code], processes=2, devices=1)
+    assert pod.wait(running, grace=30, stopped=[time.monotonic()], stop_grace=0.2) == -9
+    assert [process.returncode for process in running] == [-9, -9]
 
 
 def test_several_processes_are_told_by_the_environment(monkeypatch):
