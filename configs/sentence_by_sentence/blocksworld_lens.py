@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 6
     config.stages = {name: config.stages[name] for name in ("cot", "contextual")}
     config.latents = config.latents[:1]
-    for stage, num_steps in ((config.stages.cot, 1500), (config.stages.contextual, 700), (config.latents[0], 1000)):
+    for stage, num_steps in ((config.stages.cot, 1500), (config.stages.contextual, 700), (config.latents[0], 1800)):
         stage["num_steps"], stage["warmup_steps"] = num_steps, 100
     config.evals = 2
     config.curricula = ()
