@@ -1,4 +1,4 @@
-"""DPO of Llama 3.1 8B on a pod, the reference scored once. Planned, and run shrunk only, never on a pod.
+"""DPO of Llama 3.1 8B on a pod, the reference scored once. Planned, never run.
 
     jaxlm plan --config configs/dpo/llama_8b_pod.py --topology v5e:8x8
     jaxlm train --config configs/dpo/llama_8b_pod.py:pairs.jsonl.gz --config.init_from=path/to/llama
