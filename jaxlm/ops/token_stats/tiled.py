@@ -72,7 +72,7 @@ class _Plan(NamedTuple):
 
 def tiled(
     hidden: Float[Array, "N D"],
-    unembed: Float[Array, "V D"],
+    unembed: Float[Array, "V W"],
     targets: Int[Array, "N"],
     *,
     mask: Bool[Array, "N"] | None = None,
@@ -91,9 +91,9 @@ def tiled(
     mask: tokens that are not kept are skipped, and what comes out for them means nothing. block: entries of the
     vocabulary at once; rows: tokens at once (None: by N, platform and whether there is a mask). axis: the mesh axis
     over which the vocabulary is split, inside `jax.shard_map`; unembed, bias are then this device's shard and targets
-    count from its first entry. width_axis: the one over which D of unembed is split, as the tokens are: a block at a
-    time is gathered, and its gradient scattered, so that no device ever holds [V, D]. kernel: the module of this
-    package whose forward pass is taken.
+    count from its first entry. width_axis: the one over which the width of unembed is split (W is this device's part
+    of D), as the tokens are: a block at a time is gathered, and its gradient scattered, so that no device ever holds
+    [V, D]. kernel: the module of this package whose forward pass is taken.
 
     Numerics: operands keep the dtype of hidden (unembed is cast block by block), products accumulate in float32, and
     everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
