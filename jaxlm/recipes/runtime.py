@@ -24,6 +24,8 @@ class Runtime:
 
 JOIN_TIMEOUT = 300
 """Seconds in which all processes must have joined."""
+GOOGLE = "0x1ae0"
+"""What PCI devices made by Google say of their vendor."""
 
 
 def compile_cache_dir() -> Path:
@@ -50,11 +52,22 @@ def several_processes() -> bool:
     return max([hosts, *tasks]) > 1
 
 
+def on_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether this host has TPUs, and JAX is not told to leave them alone.
+
+    A TPU VM's environment does not say of how many hosts it is one: JAX asks the machine's metadata, on joining.
+    """
+    chosen = str(jax.config.jax_platforms or "")  # type: ignore[attr-defined]
+    if chosen and "tpu" not in chosen.split(","):
+        return False
+    return any(vendor.read_text().strip() == GOOGLE for vendor in devices.glob("*/vendor"))
+
+
 def join() -> None:
     """Joins the other processes; ValueError if they do not answer or the variables are not whole.
 
     With JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed too; on Slurm
-    and TPUs JAX finds all of it by itself.
+    and TPUs JAX finds all of it by itself. Where it does not find that there are any others, there are none.
     """
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -63,6 +76,10 @@ def join() -> None:
     explicit = dict(coordinator_address=address, num_processes=int(number or 0), process_id=int(index or 0))
     try:
         jax.distributed.initialize(**(explicit if address else {}), initialization_timeout=JOIN_TIMEOUT)
+    except ValueError:
+        if several_processes():
+            raise
+        print("a TPU without a cluster around it: this process is the only one", flush=True)
     except RuntimeError as error:
         raise ValueError(f"not all processes have joined within {JOIN_TIMEOUT} s: {error}") from error
 
@@ -78,7 +95,7 @@ def configure(runtime: Runtime) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_disable_jit", not runtime.jit)
     jax.config.update("jax_debug_nans", runtime.debug or jax.config.jax_debug_nans)  # type: ignore[attr-defined]
-    if several_processes():
+    if several_processes() or on_tpu():
         join()
     # On CPU, a program of several devices that is read back from the cache no longer runs its collectives in one order
     # (jaxlib 0.10.2 and 0.12.0): devices, or processes, meet in different ones and wait until they are killed.

@@ -65,6 +65,33 @@ def test_several_processes_are_told_by_the_environment(monkeypatch):
         runtime.join()
 
 
+def test_a_host_with_tpus_asks_for_the_others(tmp_path, monkeypatch, capsys):
+    assert not runtime.on_tpu(tmp_path)
+    for name, vendor in (("0000:00:04.0", "0x1af4"), ("0000:00:05.0", runtime.GOOGLE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        assert runtime.on_tpu(tmp_path)
+        jax.config.update("jax_platforms", "cpu")
+        assert not runtime.on_tpu(tmp_path)
+    finally:
+        jax.config.update("jax_platforms", before)
+    for name in runtime._SEVERAL:
+        monkeypatch.delenv(name, raising=False)
+
+    def none_found(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", none_found)
+    runtime.join()
+    assert "the only one" in capsys.readouterr().out
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one,two")
+    with pytest.raises(ValueError, match="coordinator_address"):
+        runtime.join()
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_programs_of_several_cpu_devices_are_not_kept(devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
