@@ -16,12 +16,14 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.train.manifest import MAX_LISTED, check, make_manifest
@@ -32,6 +34,7 @@ State = TypeVar("State")
 
 _log = logging.getLogger(__name__)
 _DELETED = ".deleted"
+_DAMAGED = ".damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -151,6 +154,8 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         for path in self._directory.iterdir():
+            if _TEMPORARY in path.name:
+                _log.warning("step %s was half written when the run was stopped: removed", path.name.split(".")[0])
             if path.name.endswith(_DELETED) or _TEMPORARY in path.name:
                 path.rmtree()
 
@@ -226,6 +231,56 @@ def load_state(directory: str | os.PathLike[str], target: State, *, step: int | 
     return dataclasses.replace(target, **{k: v for k, v in filled.items() if k != "counters"})  # type: ignore[type-var]
 
 
+class Newest(NamedTuple):
+    """A checkpoint to go on from: its step, what was saved beside its arrays, and the state. set_aside: newer ones that
+    were damaged, each with what was found and where it lies now."""
+
+    step: int
+    saved: dict[str, Any]
+    state: Any
+    set_aside: list[str]
+
+
+def load_newest(
+    directory: str | os.PathLike[str], target: Any, *, check: Callable[[dict[str, Any]], None]
+) -> Newest | None:
+    """The newest checkpoint that can be read and whose checksums hold; None where no step is saved.
+
+    check: told what `load_record` gives before the arrays are read, to raise if it is of another run. Damaged ones that
+    are newer are renamed to <step>.damaged, once an older one is read. Where none can be read, all stay, and the error
+    of the newest is raised. On several processes a step counts if all of them can read it.
+    """
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(all_steps(directory)):
+        saved: dict[str, Any] = {}
+        state, error = None, None
+        try:
+            saved = load_record(directory, step)
+            check(saved)
+            state = load_state(directory, target, step=step)
+        except DamagedError as found:
+            error = found
+        if np.all(multihost_utils.process_allgather(np.array(error is None))):
+            return Newest(step, saved, state, _set_aside(_folder(directory), damaged))
+        damaged[step] = error or _damaged(_step_path(directory, step), "another process cannot read it")
+    if damaged:
+        raise damaged[max(damaged)]
+    return None
+
+
+def _set_aside(folder: epath.Path, damaged: Mapping[int, DamagedError]) -> list[str]:
+    told = []
+    for step, error in damaged.items():
+        path, aside = folder / str(step), folder / f"{step}{_DAMAGED}"
+        if jax.process_index() == 0:
+            if aside.exists():
+                aside.rmtree()
+            path.rename(aside)
+        told.append(f"checkpoint {path} is damaged ({error.what}) and is now {aside.name}")
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    return told
+
+
 def load_params(
     directory: str | os.PathLike[str], target: Params, *, step: int | None = None, ema: bool = False
 ) -> Params:
@@ -283,9 +338,17 @@ def _folder(directory: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(directory).absolute()
 
 
-def _damaged(path: epath.Path, what: str) -> ValueError:
+class DamagedError(ValueError):
+    """A checkpoint whose files are not what was saved; `what` says in what."""
+
+    what: str = ""
+
+
+def _damaged(path: epath.Path, what: str) -> DamagedError:
     others: Sequence[int] = [step for step in all_steps(path.parent) if str(step) != path.name]
-    return ValueError(
+    error = DamagedError(
         f"checkpoint {path} is damaged: {what}. Move that folder away to go on from an earlier step "
         f"(whole ones there: {list(others) or 'none'})"
     )
+    error.what = what
+    return error

@@ -79,6 +79,7 @@ def train(
         run = Run(
             cfg,
             Path(run_dir),
+            abstract_state,
             record=dict(record or {}),
             sinks=sinks,
             throughput=throughput,
@@ -87,7 +88,7 @@ def train(
             constants=constants or {},
             stack=stack,
         )
-        state = run.restore(abstract_state) if run.resumed else init_state()
+        state = run.restored() if run.resumed else init_state()
         if frozen is not None:
             state = state.replace(frozen=frozen)
         step_fn: TrainStep | None = None

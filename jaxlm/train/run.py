@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.train.checkpoint import Checkpoints, latest_step, load_record, load_state
+from jaxlm.train.checkpoint import Checkpoints, load_newest
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.goodput import FILE as TIMELINE
@@ -43,6 +43,7 @@ class Run:
         self,
         cfg: TrainConfig,
         run_dir: Path,
+        abstract_state: Any,
         *,
         record: dict[str, Any],
         sinks: Sequence[Sink],
@@ -55,12 +56,17 @@ class Run:
         self._cfg, self._dir, self._record, self._stack = cfg, run_dir, record, stack
         self._batch_indices = batch_indices
         self._folder = run_dir / "checkpoints"
-        found = latest_step(self._folder)
-        saved = {} if found is None else load_record(self._folder, found)
-        self.resumed, self.start = found is not None, found or 0
+        notes: list[str] = []
+
+        def check(saved: Mapping[str, Any]) -> None:
+            notes[:] = self._check_resume(saved["step"], saved["record"]["run"], may_change)
+
+        found = load_newest(self._folder, abstract_state, check=check)
+        saved = {} if found is None else found.saved
+        self.resumed, self.start = found is not None, 0 if found is None else found.step
+        self._restored = None if found is None else found.state
         self._evaluated: bool = saved.get("record", {}).get("evaluated", False)
         self.latest: dict[str, float] = saved.get("metrics", {})
-        notes = self._check_resume(saved["record"]["run"], may_change) if saved else []
 
         self._console = Console(cfg.num_steps, start=self.start) if jax.process_index() == 0 else None
         self._sinks = self._open_sinks(sinks)
@@ -84,11 +90,12 @@ class Run:
             constants=constants,
             saved=saved.get("record", {}).get("progress"),
         )
-        self._announce(notes)
+        self._announce(notes, [] if found is None else found.set_aside)
 
-    def restore(self, abstract_state: Any) -> Any:
-        """The state of the newest checkpoint, laid out as `abstract_state`."""
-        return load_state(self._folder, abstract_state, step=self.start)
+    def restored(self) -> Any:
+        """Hands over the state of the newest sound checkpoint, once: the steps donate it."""
+        state, self._restored = self._restored, None
+        return state
 
     def evaluate(self, step: int, state: Any, evaluate: Evaluate | None) -> dict[str, float] | None:
         """The scores of this step, written; {} where none are due, None where a signal cut the evaluation short."""
@@ -150,10 +157,10 @@ class Run:
     def _already(self, step: int) -> bool:
         return self.resumed and step == self.start
 
-    def _check_resume(self, recorded: Mapping[str, Any], may_change: Sequence[str]) -> list[str]:
-        if self.start > self._cfg.num_steps:
+    def _check_resume(self, step: int, recorded: Mapping[str, Any], may_change: Sequence[str]) -> list[str]:
+        if step > self._cfg.num_steps:
             raise ValueError(
-                f"{self._folder} is at step {self.start}, beyond num_steps={self._cfg.num_steps}: "
+                f"{self._folder} is at step {step}, beyond num_steps={self._cfg.num_steps}: "
                 "raise num_steps, or start anew in another run folder"
             )
         return check_resumable(_identity_of(recorded), _identity_of(self._record), may_change=may_change)
@@ -171,7 +178,9 @@ class Run:
             self._stack.callback(sink.close)
         return sinks
 
-    def _announce(self, notes: Sequence[str]) -> None:
+    def _announce(self, notes: Sequence[str], set_aside: Sequence[str]) -> None:
+        for note in set_aside:
+            self._say(f"WARNING: {note}; the run goes on from an earlier one")
         if self.resumed and self.start == self._cfg.num_steps:
             self._say(f"already finished: step {self.start} of {self._cfg.num_steps} is in {self._folder}")
         elif self.resumed:
