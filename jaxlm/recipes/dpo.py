@@ -68,6 +68,7 @@ from jaxlm.train.preference import (
     make_scorer,
     policy_alone,
 )
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.train.reference import make_score_step
 from jaxlm.typing import Array, LossFn, Params
 
@@ -90,6 +91,7 @@ class Config:
     model: DecoderConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
     recipe: Literal["dpo"] = "dpo"
     losses: tuple[LossTerm, ...] = (LossTerm(),)
     reference: Literal["cached", "live"] = "cached"

@@ -41,6 +41,7 @@ from jaxlm.train.loop import Result
 from jaxlm.train.objectives import make_hidden_nll, make_next_token_loss
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.plot import plot_run
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.train.step import make_eval_step
 from jaxlm.typing import LossFn
 
@@ -61,6 +62,7 @@ class Config:
     model: DecoderConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
     recipe: Literal["lm"] = "lm"
     baselines: tuple[Literal["zlib", "bz2", "lzma"], ...] = ()
     sample_prompts: tuple[str, ...] = ()

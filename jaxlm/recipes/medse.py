@@ -46,6 +46,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.contrastive import make_contrastive_loss, pair_metrics
 from jaxlm.train.loop import Result
 from jaxlm.train.optim import OptimConfig
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.typing import Array, Batch, Bool, Int, Metrics
 
 resolve, shrink = sentences.resolve, sentences.shrink
@@ -68,6 +69,7 @@ class Config:
     model: AnyConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
     recipe: Literal["medse"] = "medse"
     temperature: float = 0.05
     definition_weight: float = 1.0

@@ -44,6 +44,7 @@ from jaxlm.recipes.sentences import write_results
 from jaxlm.recipes.shrink import fold_mesh, shrink_decoder
 from jaxlm.recipes.wiring import say
 from jaxlm.sharding.mesh import MeshConfig
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.typing import Params
 
 KINDS = ("semantic", "contextual", "contrastive")
@@ -115,6 +116,7 @@ class Config:
     model: DecoderConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
     recipe: Literal["sentence_by_sentence"] = "sentence_by_sentence"
     latents: tuple[LatentStage, ...] = ()
     curricula: tuple[Curriculum, ...] = ()

@@ -32,6 +32,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss
 from jaxlm.train.objectives import make_head_stats, make_hidden_nll
 from jaxlm.train.optim import OptimConfig
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.train.progress import Throughput
 from jaxlm.train.reference import fingerprint, map_rows
 from jaxlm.typing import Array, Batch, LossFn, Params
@@ -89,6 +90,7 @@ class StageRun:
     data: TaskConfig
     train: TrainConfig
     optim: OptimConfig
+    profile: ProfileConfig
 
 
 class Stages:
@@ -273,6 +275,7 @@ class Stages:
                 learning_rate=stage.learning_rate, schedule="linear", warmup_steps=stage.warmup_steps,
                 weight_decay=stage.weight_decay,
             ),
+            profile=cfg.profile,
         )  # fmt: skip
 
     def validate(self, way: Way, kept: Kept, state: Any, stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -39,6 +39,7 @@ from jaxlm.train.gradient_cache import EncodeFn
 from jaxlm.train.loop import Result
 from jaxlm.train.masked_lm import make_masked_lm_loss
 from jaxlm.train.optim import OptimConfig
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.train.progress import Throughput
 from jaxlm.typing import Array, LossFn, Params
 
@@ -55,6 +56,7 @@ class SentenceRun(Protocol):
     model: AnyConfig | None
     init_from: str | None
     mesh: MeshConfig
+    profile: ProfileConfig
     dropout: float
     scan_layers: bool
     pooling: Pooling

@@ -40,6 +40,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.contrastive import Objective, make_contrastive_loss, pair_metrics
 from jaxlm.train.loop import Result
 from jaxlm.train.optim import OptimConfig
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.typing import Array, Batch, LossFn, Metrics
 
 SCORED: dict[str, Callable[..., Array]] = {"cosent": cosent, "angle": angle, "cosine_mse": cosine_mse}
@@ -71,6 +72,7 @@ class Config:
     model: EncoderConfig | DecoderConfig | None = None
     init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
     recipe: Literal["simcse"] = "simcse"
     loss: Literal["simcse", "cosent", "angle", "cosine_mse", "masked_lm"] = "simcse"
     temperature: float = 0.05

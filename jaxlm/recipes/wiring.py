@@ -33,6 +33,7 @@ from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.loop import Result, train
 from jaxlm.train.optim import OptimConfig, make_optimizer
+from jaxlm.train.profile import ProfileConfig
 from jaxlm.train.progress import Throughput
 from jaxlm.train.record import FILE, make_record
 from jaxlm.train.state import TrainState, abstract_state, init_state
@@ -56,6 +57,7 @@ class RunConfig(Protocol):
     model: DecoderConfig | None
     init_from: str | None
     mesh: MeshConfig
+    profile: ProfileConfig
 
 
 C = TypeVar("C")
@@ -113,6 +115,7 @@ class TrainConfigs(Protocol):
     data: Any
     train: TrainConfig
     optim: OptimConfig
+    profile: ProfileConfig
 
 
 class TrainData(Protocol):
@@ -200,6 +203,7 @@ def train_parameters(
         throughput=speed,
         constants={f"data/{reason}": float(n) for reason, n in data.skipped.items()},
         frozen=frozen,
+        profile_steps=cfg.profile.steps,
     )
 
 

@@ -15,7 +15,9 @@ class TrainConfig:
     best_metric (None: no best), lowest or highest by best_mode. seed: of initialisation and dropout. num_microbatches:
     parts that a batch is computed in. ema_decay: of the moving average of parameters (None: none is kept). z_loss:
     weight of the squared logsumexp. max_skipped_in_a_row: steps without a finite update after which the run stops.
-    stall_s: seconds without a step after which the stacks of all threads are written down, see `jaxlm.train.heartbeat`.
+    stall_s: seconds without a step after which the stacks of all threads are written down, see `jaxlm.train.heartbeat`;
+    stall_ends: whether the process then ends, for its launcher to start the run again. wandb_project: where metrics go
+    too, on Weights & Biases (None: nowhere else).
     """
 
     num_steps: int
@@ -31,6 +33,8 @@ class TrainConfig:
     z_loss: float = 0.0
     max_skipped_in_a_row: int = 10
     stall_s: float | None = 1800.0
+    stall_ends: bool = False
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_skipped_in_a_row"):

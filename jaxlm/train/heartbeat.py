@@ -22,13 +22,16 @@ class Heartbeat:
     """Told of every finished step; a thread of the interpreter watches for those that do not come.
 
     stall_s: seconds without a step until the stacks are written, and again as long as it lasts; None: never. A long
-    compilation or evaluation counts as no step: its stacks do no harm.
+    compilation or evaluation counts as no step: its stacks do no harm. end: whether the process ends with status 1 once
+    they are written, even while the interpreter hangs, so that its launcher starts the run again.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, process: int, stall_s: float | None) -> None:
+    def __init__(
+        self, run_dir: str | os.PathLike[str], *, process: int, stall_s: float | None, end: bool = False
+    ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._written, self._stall_s = folder / f"heartbeat-{process}.json", 0.0, stall_s
+        self._path, self._written, self._stall_s, self._end = folder / f"heartbeat-{process}.json", 0.0, stall_s, end
         self._stacks = folder / f"stalled-{process}.txt"
         self._file = None if stall_s is None else self._stacks.open("a")
         self._watch()
@@ -54,4 +57,4 @@ class Heartbeat:
 
     def _watch(self) -> None:
         if self._file is not None and self._stall_s is not None:
-            faulthandler.dump_traceback_later(self._stall_s, repeat=True, file=self._file)
+            faulthandler.dump_traceback_later(self._stall_s, repeat=True, file=self._file, exit=self._end)

@@ -3,7 +3,7 @@
 A run lives in one folder, and everything in it follows from its config:
 
     run.json  metrics.jsonl  timeline.jsonl  heartbeat-<process>.json  tensorboard/  checkpoints/<step>/
-    and, after too many bad steps, nonfinite.json; where a process hung, stalled-<process>.txt
+    and, after too many bad steps, nonfinite.json; where a process hung, stalled-<process>.txt; traces in profile/
 
 `step` counts updates done. What is written for step n (metrics, evaluation, checkpoint) is the state after n updates,
 and batch n leads from there to n + 1. A checkpoint holds all that later numbers depend on, so a run that is stopped
@@ -59,6 +59,7 @@ def train(
     constants: Mapping[str, float] | None = None,
     compile_step: Callable[[TrainStep, Any, Batch], TrainStep] | None = None,
     frozen: Any = None,
+    profile_steps: Sequence[int] = (),
 ) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from `init_state()`, up to `cfg.num_steps`.
 
@@ -70,7 +71,8 @@ def train(
     were not finite. throughput: what tokens/s and MFU are counted by. sinks: further places for metrics. constants:
     values that stand in every line of them. compile_step: (train_step, state, batch) -> what is called at every step;
     None for `compile_ahead`, or, when debugging, `debug.compile_watched`. frozen: parameters that stand in the state
-    beside the trained ones and in no checkpoint, since every start of the run makes them anew.
+    beside the trained ones and in no checkpoint, since every start of the run makes them anew. profile_steps: those
+    that are traced, see `jaxlm.train.profile`.
 
     Raises Preempted (exit code 75) after SIGTERM or SIGINT, once the state is saved, and FloatingPointError when
     `max_skipped_in_a_row` steps in a row were not finite.
@@ -86,6 +88,7 @@ def train(
             batch_indices=batch_indices,
             may_change=may_change,
             constants=constants or {},
+            profile_steps=profile_steps,
             stack=stack,
         )
         state = run.restored() if run.resumed else init_state()
@@ -108,6 +111,7 @@ def train(
                 with run.compiling():
                     compile_ = compile_step or (debug.compile_watched if debug.enabled() else compile_ahead)
                     step_fn = compile_(train_step, state, batch)
+            run.profiler.before(step)
             state, metrics = step_fn(state, batch)
             run.progress.push(step + 1, metrics)
         return Result(state, cfg.num_steps, run.latest)

@@ -19,9 +19,11 @@ from jaxlm.train.goodput import TimelineSink
 from jaxlm.train.heartbeat import Heartbeat
 from jaxlm.train.metrics import Console, JsonlSink, Sink
 from jaxlm.train.preemption import Preempted, Preemption
+from jaxlm.train.profile import Profiler
 from jaxlm.train.progress import Progress, Throughput
 from jaxlm.train.record import check_resumable, write_record
 from jaxlm.train.tensorboard import TensorBoardSink
+from jaxlm.train.wandb import WandbSink
 
 Batches = Callable[[int, int], Iterable[tuple[int, Any]]]
 """(start, stop) -> (step, host batch) for every step from start up to stop."""
@@ -51,6 +53,7 @@ class Run:
         batch_indices: Callable[[int], Any] | None,
         may_change: Sequence[str],
         constants: Mapping[str, float],
+        profile_steps: Sequence[int],
         stack: contextlib.ExitStack,
     ) -> None:
         self._cfg, self._dir, self._record, self._stack = cfg, run_dir, record, stack
@@ -78,7 +81,7 @@ class Run:
             )
         )
         self.preemption = stack.enter_context(Preemption())
-        self._heartbeat = Heartbeat(run_dir, process=jax.process_index(), stall_s=cfg.stall_s)
+        self._heartbeat = Heartbeat(run_dir, process=jax.process_index(), stall_s=cfg.stall_s, end=cfg.stall_ends)
         stack.callback(self._heartbeat.close)
         self.progress = Progress(
             log_every=cfg.log_every,
@@ -90,6 +93,8 @@ class Run:
             constants=constants,
             saved=saved.get("record", {}).get("progress"),
         )
+        self.profiler = Profiler(profile_steps, run_dir, drain=self.progress.drain)
+        stack.callback(self.profiler.close)
         self._announce(notes, [] if found is None else found.set_aside)
 
     def restored(self) -> Any:
@@ -174,6 +179,8 @@ class Run:
         events = TensorBoardSink(self._dir / "tensorboard", keep_through=keep)
         timeline = TimelineSink(self._dir / TIMELINE, step=self.start)
         sinks: list[Sink] = [self._console, lines, events, timeline, *more]
+        if self._cfg.wandb_project is not None:
+            sinks.append(WandbSink(self._cfg.wandb_project, self._dir, self._record.get("config", {})))
         for sink in sinks:
             self._stack.callback(sink.close)
         return sinks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -46,3 +48,11 @@ def test_stacks_say_where_a_process_hangs_and_steps_that_come_leave_nothing(tmp_
 def test_a_watch_of_no_seconds_is_refused():
     with pytest.raises(ValueError, match="stall_s: expected a positive number of seconds or None, found 0"):
         TrainConfig(num_steps=1, stall_s=0)
+
+
+def test_a_process_that_hangs_is_ended_where_its_launcher_is_to_start_it_again(tmp_path):
+    code = "import time; from jaxlm.train.heartbeat import Heartbeat; "
+    code += f"Heartbeat({str(tmp_path)!r}, process=0, stall_s=0.2, end=True); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=50)
+    assert done.returncode == 1 and "time.sleep" not in (tmp_path / "stalled-0.txt").read_text().splitlines()[0]
+    assert "Timeout" in (tmp_path / "stalled-0.txt").read_text()

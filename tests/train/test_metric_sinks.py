@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 
 import pytest
 
 from jaxlm.train.metrics import Console, JsonlSink, Mean, read_lines
+from jaxlm.train.wandb import WandbSink
 
 
 def write(path, steps, **options):
@@ -133,3 +135,24 @@ def test_on_a_terminal_a_bar_with_loss_speed_and_eta():
     last = stream.getvalue().replace("\n", "\r").split("\r")[-2]
     assert "20/20" in last and "loss 2.250  12,346 tokens/s" in last and "100%" in last
     assert "step 20/20  eval/loss 3.000" in stream.getvalue()
+
+
+def test_weights_and_biases_go_on_with_the_same_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for start in range(2):
+        sink = WandbSink("project", tmp_path / "run", {"seed": 1})
+        ids.append(wandb.run.id)
+        sink.write(start, {"train/loss": 1.5})
+        sink.flush()
+        sink.close()
+    assert ids[0] == ids[1] and wandb.run is None
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 2
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="train.wandb_project='p' needs the package: pip install wandb"):
+        WandbSink("p", tmp_path, {})

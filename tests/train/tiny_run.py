@@ -104,6 +104,7 @@ def tiny_run(
     step_fn: Callable[..., Any] | None = None,
     compile_step: Callable[..., Any] | None = None,
     before_eval: Callable[[], None] = lambda: None,
+    profile_steps: tuple[int, ...] = (),
     **overrides: Any,
 ) -> Result:
     data = data or Data()
@@ -131,6 +132,7 @@ def tiny_run(
         record={"config": {"train": options, "model": {"width": width}, **(config or {})}},
         batch_indices=lambda step: list(range(step * B, (step + 1) * B)),
         compile_step=compile_step or (partial(compile_once, (num_devices, fsdp, width)) if step_fn is None else None),
+        profile_steps=profile_steps,
         throughput=Throughput(tokens_per_step=B * T, flops_per_token=6.0 * V * D, peak_flops=1e12),
     )
 
