@@ -2,14 +2,19 @@
 
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5p:4x4x8
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v6e:16x16 --config.mesh.fsdp=256 --json plan.json
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5e:16x16 --slices 2 --config.mesh.slice=2 ...
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology h100:16x8
+  jaxlm plan --config configs/quickstart.py --topology cpu:8
 
-Compiles the training step of a config for a TPU slice on this machine, without one, and says whether it fits and what
-bounds it: memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and
-network need. Nothing is read but the config: no data, no weights. Needs libtpu: pip install 'jaxlm[tpu]'.
+Compiles the training step of a config for devices that are not here, and says whether it fits and what bounds it:
+memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and network
+need. Nothing is read but the config: no data, no weights. TPUs need libtpu: pip install 'jaxlm[tpu]'; GPUs Python 3.12
+and their compiler: pip install 'jaxlm[cuda]'.
 
   jaxlm plan --config configs/sentence_by_sentence/gpt2.py --topology v5e:2x4 --stage contextual --config.mesh.data=8
 
-Topologies: v4:4x4x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x4, ... The mesh of the config must have as many devices.
+Topologies: chips in each direction (v4:4x4x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x4), nodes and GPUs of each
+(a100:, h100:, h200:, b200:4x8), simulated devices (cpu:8). The mesh of the config must have as many devices.
 Recipes: lm, dpo, simcse, sentence_by_sentence (--stage: the first latent). Times are bounds, from the peaks of the chip
 (jaxlm/train/chips.py): each is what the step would take if nothing else took any, so their largest bounds the MFU.
 """
@@ -36,10 +41,11 @@ from jaxlm.recipes.train import load_recipe
 from jaxlm.recipes.wiring import make_step
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_parts
-from jaxlm.sharding.topology import tpu_devices
+from jaxlm.sharding.topology import devices_of
 from jaxlm.train.chips import Chip, chip
 from jaxlm.train.collectives import Collective, collectives
 from jaxlm.train.loop import lower_ahead
+from jaxlm.train.memory import total_bytes
 
 COMPILES = 3
 """In search of the largest batch."""
@@ -47,8 +53,8 @@ COMPILES = 3
 
 class Plan(NamedTuple):
     """What the compiled step needs of one device. memory: bytes by class, largest first, `total` not among them.
-    capacity: bytes of the device. times: seconds by what is used at its peak. sent: bytes over the network by (kind,
-    axes), with the number of runs. assumed: of what only the data would tell."""
+    capacity: bytes of the device. times: seconds by what is used at its peak; empty where no peaks are known. sent:
+    bytes over the network by (kind, axes), with the number of runs. assumed: of what only the data would tell."""
 
     memory: dict[str, float]
     capacity: float
@@ -65,15 +71,16 @@ class Plan(NamedTuple):
         return sum(self.memory.values())
 
     @property
-    def mfu_bound(self) -> float:
-        """The share of the peak that model FLOPs can reach at most."""
-        return self.times["products"] / max(self.times.values())
+    def mfu_bound(self) -> float | None:
+        """The share of the peak that model FLOPs can reach at most; None where the peaks are not known."""
+        return self.times["products"] / max(self.times.values()) if self.times else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm plan`."""
     parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
-    parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="a TPU slice, as v5p:4x4x8")
+    parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="v5p:4x4x8, h100:16x8, cpu:8")
+    parser.add_argument("--slices", type=int, default=1, help="that many TPU slices (default 1)")
     parser.add_argument("--stage", metavar="NAME", help="of sentence_by_sentence (default: the first latent)")
     more = f"do not look for the largest batch, by up to {COMPILES} more compiles"
     parser.add_argument("--no-batch", action="store_true", help=more)
@@ -85,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     """Compiles, and prints the plan."""
     recipe, cfg = load_recipe(args.config, args.overrides)
     cfg = recipe.resolve(cfg)
-    found = tpu_devices(args.topology)
+    found = devices_of(args.topology, slices=args.slices)
     print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
     plan = make_plan(cfg, found, args.stage)
     print(render(plan))
@@ -130,7 +137,6 @@ def _compile(lowered: Any) -> Any:
 
 def read_plan(compiled: Any, state: Any, work: Work, mesh: Mesh, *, compile_s: float) -> Plan:
     """What a compiled step says of itself."""
-    peak = peaks(mesh)
     stats = compiled.memory_analysis()
     memory = {
         "parameters": held(state.params),
@@ -143,20 +149,45 @@ def read_plan(compiled: Any, state: Any, work: Work, mesh: Mesh, *, compile_s: f
     }
     found = collectives(compiled.as_text(), mesh)
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * stats.temp_size_in_bytes
-    times = {
-        "products": work.model_flops / mesh.size / peak.flops,
-        "memory": moved / peak.memory_bandwidth,
-        "network": sum(c.times * c.sent for c in found) / peak.network_bandwidth,
-    }
+    peak = peaks(mesh)
     return Plan(
-        dict(sorted(memory.items(), key=lambda item: -item[1])), peak.memory, work.model_flops, times, by_kind(found),
-        work.tokens, compile_s, work.assumed,
+        dict(sorted(memory.items(), key=lambda item: -item[1])),
+        total_bytes() / mesh.size if peak is None else peak.memory,
+        work.model_flops,
+        {} if peak is None else least_times(work.model_flops / mesh.size, moved, found, mesh, peak),
+        by_kind(found), work.tokens, compile_s, work.assumed,
     )  # fmt: skip
 
 
-def peaks(mesh: Mesh) -> Chip:
-    """Those of one device of the mesh: a chip's, or its share where a chip has several devices."""
+def least_times(
+    flops: float, moved: float, found: Sequence[Collective], mesh: Mesh, peak: Chip
+) -> dict[str, float]:
+    """Seconds of a device at its peaks; between: on the network between slices or, of GPUs, nodes."""
+    shares = {c.axes: wire_shares(mesh, c.axes) for c in found}
+    inside, outside = (sum(c.times * c.sent * shares[c.axes][i] for c in found) for i in (0, 1))
+    times = {"products": flops / peak.flops, "memory": moved / peak.memory_bandwidth}
+    times["network"] = inside / peak.network_bandwidth
+    return times | ({"between": outside / peak.outside_bandwidth} if outside else {})
+
+
+def wire_shares(mesh: Mesh, axes: Sequence[str]) -> tuple[float, float]:
+    """Of what a device sends in a collective over those axes, the share on the wires of its slice or node, and that on
+    the network between them.
+
+    A ring sends n - 1 of n parts. Where the n devices lie in p places, a place takes in (p - 1) / p of the whole over
+    the network of its n / p devices: p - 1 parts for each.
+    """
+    place = np.vectorize(lambda d: d.slice_index if d.platform == "tpu" else d.process_index)(mesh.devices)
+    group = place[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].reshape(-1)
+    n, p = group.size, len(set(group.tolist()))
+    return (0.0 if n == p > 1 else 1.0), (p - 1) / max(n - 1, 1)
+
+
+def peaks(mesh: Mesh) -> Chip | None:
+    """Those of one device of the mesh: a chip's, or its share where a chip has several devices; None of a CPU."""
     found = list(mesh.devices.flat)
+    if found[0].platform == "cpu":
+        return None
     whole = chip(found[0])
     if whole is None:
         raise ValueError(f"no peaks are known of {found[0].device_kind!r}: add it to jaxlm/train/chips.py")
@@ -235,8 +266,8 @@ def render(plan: Plan) -> str:
         lines.append(f"  {kind:20}{'+'.join(axes):16}{runs:7,} runs{bytes_text(int(sent)):>12} sent")
     lines += ["" if plan.sent else "  none", "least time of a step, were nothing else to take any"]
     lines += [f"  {name:12}{1e3 * seconds:10.1f} ms" for name, seconds in plan.times.items()]
-    work = f"{plan.tokens:,} tokens and {plan.model_flops:.3g} model FLOPs a step"
-    lines += ["", f"{work}; MFU at most {100 * plan.mfu_bound:.0f} %"]
+    bound = "  no peaks are known here" if plan.mfu_bound is None else f"MFU at most {100 * plan.mfu_bound:.0f} %"
+    lines += ["", f"{plan.tokens:,} tokens and {plan.model_flops:.3g} model FLOPs a step; {bound}"]
     if plan.assumed:
         lines.append(f"assumed: {plan.assumed}")
     return "\n".join(lines)

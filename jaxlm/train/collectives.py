@@ -121,14 +121,13 @@ def _parse(line: str, found: re.Match[str], mesh: Mesh, *, times: int) -> Collec
     if kind == "collective-permute":
         size = max(sizes)
         sent = size
-    elif kind == "all-gather":  # when started, its type holds the parts beside the whole
-        size = sum(sizes) * (parts / (parts + 1) if started else 1)
-        sent = size * (parts - 1) / parts
-    elif kind == "reduce-scatter":
-        size = sum(sizes) * parts
+    elif kind in ("all-gather", "reduce-scatter"):
+        # When started, its type holds what goes in beside what comes out: the whole and a part of it.
+        whole = parts if kind == "reduce-scatter" else 1
+        size = sum(sizes) * (parts / (parts + 1) if started else whole)
         sent = size * (parts - 1) / parts
     else:
-        size = sum(sizes)
+        size = sum(sizes) / (2 if started and kind == "all-to-all" else 1)
         sent = size * (parts - 1) / parts * (2 if kind == "all-reduce" else 1)
     return Collective(kind, _axes(group, mesh), times, size, sent)
 

@@ -78,6 +78,21 @@ def test_a_loop_runs_as_often_as_its_condition_says(mesh):
     assert found == ("all-gather", ("fsdp",), 32, 128.0, 96.0)
 
 
+@pytest.mark.parametrize(
+    "started, expected",
+    [
+        ("((f32[8,4]{1,0}, bf16[8]{0}), (f32[2,4]{1,0}, bf16[2]{0})) reduce-scatter", ("reduce-scatter", 144, 108)),
+        ("((f32[2,4]{1,0}), f32[8,4]{1,0}) all-gather", ("all-gather", 128, 96)),
+        ("((f32[8,4]{1,0}), f32[8,4]{1,0}) all-to-all", ("all-to-all", 128, 96)),
+        ("(f32[8,4]{1,0}, f32[4]{0}) all-reduce", ("all-reduce", 144, 216)),
+    ],
+)
+def test_what_is_started_shows_what_goes_in_and_what_comes_out(mesh, started, expected):
+    line = f"  %s = {started}-start(%x), replica_groups=mesh['a'=2,'b'=4] {{'b'}}, dimensions={{0}}"
+    (found,) = collectives(f"ENTRY %main (x: f32[8,4]) -> f32[2,4] {{\n{line}\n}}\n", mesh)
+    assert (found.kind, found.size, found.sent) == expected and found.axes == ("fsdp",)
+
+
 def test_a_gather_spread_over_a_chain_of_fusions_is_one(mesh):
     line = "%g = f32[8,4]{1,0} all-gather(%x), channel_id=7, dimensions={0}, replica_groups={{0,1,2,3,4,5,6,7}}"
     link = f'{line}, frontend_attributes={{chain_id="2"}}'
