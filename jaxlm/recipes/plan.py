@@ -5,6 +5,7 @@
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5e:16x16 --slices 2 --config.mesh.slice=2 ...
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology h100:16x8
   jaxlm plan --config configs/quickstart.py --topology cpu:8
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5p:4x4x8 --search 3
 
 Compiles the training step of a config for devices that are not here, and says whether it fits and what bounds it:
 memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and network
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="v5p:4x4x8, h100:16x8, cpu:8")
     parser.add_argument("--slices", type=int, default=1, help="that many TPU slices (default 1)")
     parser.add_argument("--stage", metavar="NAME", help="of sentence_by_sentence (default: the first latent)")
+    parser.add_argument("--search", type=int, metavar="N", help="compile the N best layouts and rank them")
     more = f"do not look for the largest batch, by up to {COMPILES} more compiles"
     parser.add_argument("--no-batch", action="store_true", help=more)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plan there")
@@ -94,6 +96,8 @@ def main(args: argparse.Namespace) -> int:
     cfg = recipe.resolve(cfg)
     found = devices_of(args.topology, slices=args.slices)
     print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
+    if args.search is not None:
+        return _search(cfg, found, args.search)
     plan = make_plan(cfg, found, args.stage)
     print(render(plan))
     most = None if args.no_batch else largest_batch(cfg, found, plan, args.stage)
@@ -103,6 +107,18 @@ def main(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(as_dict(plan) | {"topology": args.topology, "largest_batch": most}, indent=1))
     if args.plot:
         plot(plan, args.plot, title=f"{Path(args.config).stem} on {args.topology}")
+    return 0
+
+
+def _search(cfg: Any, found: Sequence[Any], compiles: int) -> int:
+    """Says each layout as it is compiled, and then all of them with the lines of the best."""
+    from jaxlm.recipes import plan_search  # which builds on this module
+
+    done = []
+    for result in plan_search.search(cfg, found, compiles=compiles):
+        done.append(result)
+        print(f"{len(done)} of {compiles + 1} compiled", flush=True)
+    print("\n" + plan_search.render(done))
     return 0
 
 
@@ -177,10 +193,14 @@ def wire_shares(mesh: Mesh, axes: Sequence[str]) -> tuple[float, float]:
     A ring sends n - 1 of n parts. Where the n devices lie in p places, a place takes in (p - 1) / p of the whole over
     the network of its n / p devices: p - 1 parts for each.
     """
-    place = np.vectorize(lambda d: d.slice_index if d.platform == "tpu" else d.process_index)(mesh.devices)
+    place = np.vectorize(_place)(mesh.devices)
     group = place[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].reshape(-1)
     n, p = group.size, len(set(group.tolist()))
     return (0.0 if n == p > 1 else 1.0), (p - 1) / max(n - 1, 1)
+
+
+def _place(device: Any) -> int:
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else device.process_index
 
 
 def peaks(mesh: Mesh) -> Chip | None:
