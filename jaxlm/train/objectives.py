@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -39,12 +40,13 @@ HeadStats = Callable[[Params, Array, Array, Array, Collection[str]], TokenStats]
 def make_head_stats(head: Head, mesh: Mesh | None = None) -> HeadStats:
     """The statistics of targets given hidden states, through the hot path: no [tokens, vocab] array is ever held.
 
-    On a mesh of several devices each scores its own tokens against its own share of the vocabulary.
+    On a mesh of several devices each scores its own tokens against its own share of the vocabulary; where jit is off,
+    to debug, it is one op on whole arrays, since `shard_map` would run every operation of every device by itself.
     """
 
     def stats(params: Params, hidden: Array, targets: Array, mask: Array, outputs: Collection[Any]) -> TokenStats:
         where = dict(head(params), mask=mask, outputs=outputs)
-        if mesh is None or mesh.size == 1:
+        if mesh is None or mesh.size == 1 or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return token_stats(hidden, targets=targets, **where)
         return token_stats_sharded(
             hidden,
