@@ -4,8 +4,9 @@
     jaxlm bench chaos --kills 50 --processes 4 --devices 2 --seed 0 --json out.json
 
 First a small model is trained undisturbed. Then the same run is started again and again, and each time a random process
-gets SIGKILL or SIGTERM at a random moment, while it starts, trains or saves; after the last kill it is left alone. In
-the end the parameters of both runs must be equal bit for bit, and so must their losses: exit status 1 if they are not.
+gets SIGKILL or SIGTERM at a random moment: every third time while it starts, else while it trains and saves; after the
+last kill it is left alone. In the end the parameters of both runs must be equal bit for bit, and so must their losses:
+exit status 1 if they are not.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"the undisturbed run ended with status {status}: {_tail(base / 'output.txt')}")
             print(f"undisturbed: {length:.0f} s, the first step after {begun:.0f} s", flush=True)
             disturbed = run_of(args, base, "disturbed")
-            # On average a start makes its share of the steps before it is killed.
-            kills = list(disturb(args, disturbed, out, begun + 2 * (length - begun) / max(args.kills, 1)))
+            # On average a start that trains makes its share of the steps before it is killed.
+            share = 2 * (length - begun) / max(args.kills, 1)
+            kills = list(disturb(args, disturbed, out, starting=begun, training=share))
             status = pod.wait(start(args, disturbed, out), grace=30)
         same = status == 0 and equal(base / "straight", base / "disturbed", args.steps)
         number = sum(not kill.get("too_late") for kill in kills)
@@ -109,16 +111,22 @@ def straight_run(args: argparse.Namespace, config: Path, out: TextIO) -> tuple[i
     return pod.wait(running, grace=30), begun, time.monotonic() - begin
 
 
-def disturb(args: argparse.Namespace, config: Path, out: TextIO, longest: float) -> Any:
-    """Starts the run and kills one of its processes, as often as asked, within `longest` seconds; yields what was done.
+def disturb(args: argparse.Namespace, config: Path, out: TextIO, *, starting: float, training: float) -> Any:
+    """Starts the run and kills one of its processes, as often as asked; yields what was done.
 
-    A run that ends before its kill is not started again.
+    A kill comes within `starting` seconds of the start or within `training` seconds of the first step of this start. A
+    run that ends before its kill is not started again.
     """
     rng = random.Random(args.seed)
+    lines = config.with_suffix("") / "timeline.jsonl"
     for i in range(args.kills):
         running = start(args, config, out)
         victim, number = rng.randrange(args.processes), rng.choice((signal.SIGKILL, signal.SIGTERM))
-        after = rng.uniform(0, longest)
+        while_it = rng.choice(("starts", "trains", "trains"))
+        after = rng.uniform(0, training if while_it == "trains" else starting)
+        before = steps_told(lines)
+        while while_it == "trains" and steps_told(lines) == before and any(p.poll() is None for p in running):
+            time.sleep(0.02)
         until = time.monotonic() + after
         while time.monotonic() < until and any(process.poll() is None for process in running):
             time.sleep(0.02)
@@ -127,12 +135,18 @@ def disturb(args: argparse.Namespace, config: Path, out: TextIO, longest: float)
             running[victim].send_signal(number)
         pod.wait(running, grace=10)
         saved = saved_steps(config.with_suffix(""))
-        kill = {"kill": i + 1, "process": victim, "signal": number.name, "after_s": round(after, 2), "saved": saved}
+        kill = {"kill": i + 1, "while_it": while_it, "process": victim, "signal": number.name}
+        kill |= {"after_s": round(after, 2), "saved": saved}
         kill |= {"too_late": True} if ended else {}
         print(json.dumps(kill), flush=True)
         yield kill
         if ended:
             return
+
+
+def steps_told(timeline: Path) -> int:
+    """Lines of steps in a run's timeline, which only ever grows."""
+    return sum('"line"' in line for line in timeline.read_text().splitlines()) if timeline.exists() else 0
 
 
 def saved_steps(run: Path) -> int | None:

@@ -122,7 +122,7 @@ def get_config():
     config.run_dir = "{run_dir}"
     config.model = dict(vocab_size={vocab}, width={width}, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64,
                         mlp_width=4 * {width}, max_length=512)
-    config.data = dict(tokenizer="bytes", sequence_length=512, batch_size=8,
+    config.data = dict(tokenizer="bytes", sequence_length=128, batch_size=4,
                        train=[dict(kind="text", path="{text}")])
     config.optim = dict(learning_rate=3e-3)
     config.train = dict(num_steps=4, log_every=1, checkpoint_every=None, eval_every=None)
@@ -159,7 +159,7 @@ def test_a_run_takes_the_memory_that_its_plan_says(tmp_path):
         plan = planning.make_plan(recipe.resolve(cfg), jax.devices()[:4])
         found.append((4 * plan.total, peak_of_a_run(config, tmp_path / name)))
     planned, used = (large - small for large, small in zip(*found, strict=True))
-    assert planned > 2e9 and used == pytest.approx(planned, rel=0.1)
+    assert planned > 1e9 and used == pytest.approx(planned, rel=0.1)
 
 
 STAGES = [("blocksworld", name) for name in ("cot", "contextual", "latent", "coconut-2")]

@@ -108,7 +108,7 @@ def test_programs_of_several_cpu_devices_are_not_kept(devices, monkeypatch):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     settings = "train.num_steps=6 train.log_every=2 train.eval_every=3 train.checkpoint_every=3 optim.warmup_steps=2 "
     settings += "data.batch_size=8 sample_prompts=() mesh.fsdp=4"
-    settings += " model.num_layers=2 model.scan_layers=True data.sequence_length=64"
+    settings += " model.num_layers=2 model.scan_layers=True data.sequence_length=64 data.eval_batch_size=256"
     common = ["train", "--config", str(ROOT / "configs/quickstart.py"), *(f"--config.{x}" for x in settings.split())]
     several = [*LAUNCH, "--processes", "2", "--devices", "2", "--", *common, f"--config.run_dir={tmp_path / 'several'}"]
     subprocess.run(several, check=True, capture_output=True, timeout=300)
