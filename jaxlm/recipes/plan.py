@@ -6,6 +6,7 @@
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology h100:16x8
   jaxlm plan --config configs/quickstart.py --topology cpu:8
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5p:4x4x8 --search 3
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --scale v5p:2x2x4 v5p:4x4x4 v5p:4x8x8 v5p:8x8x16 --plot weak.png
 
 Compiles the training step of a config for devices that are not here, and says whether it fits and what bounds it:
 memory per device by class, collectives by kind and mesh axis, and the least time that products, memory and network
@@ -80,9 +81,10 @@ class Plan(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm plan`."""
     parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file with get_config()")
-    parser.add_argument("--topology", required=True, metavar="NAME:AxBxC", help="v5p:4x4x8, h100:16x8, cpu:8")
+    parser.add_argument("--topology", metavar="NAME:AxBxC", help="v5p:4x4x8, h100:16x8, cpu:8")
     parser.add_argument("--slices", type=int, default=1, help="that many TPU slices (default 1)")
     parser.add_argument("--stage", metavar="NAME", help="of sentence_by_sentence (default: the first latent)")
+    parser.add_argument("--scale", nargs="+", metavar="NAME:AxBxC", help="on each of these, as many rows per device")
     parser.add_argument("--search", type=int, metavar="N", help="compile the N best layouts and rank them")
     more = f"do not look for the largest batch, by up to {COMPILES} more compiles"
     parser.add_argument("--no-batch", action="store_true", help=more)
@@ -94,6 +96,10 @@ def main(args: argparse.Namespace) -> int:
     """Compiles, and prints the plan."""
     recipe, cfg = load_recipe(args.config, args.overrides)
     cfg = recipe.resolve(cfg)
+    if (args.topology is None) == (args.scale is None):
+        raise ValueError("give either --topology, or --scale with several of them")
+    if args.scale:
+        return _scale(cfg, args)
     found = devices_of(args.topology, slices=args.slices)
     print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
     if args.search is not None:
@@ -107,6 +113,22 @@ def main(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(as_dict(plan) | {"topology": args.topology, "largest_batch": most}, indent=1))
     if args.plot:
         plot(plan, args.plot, title=f"{Path(args.config).stem} on {args.topology}")
+    return 0
+
+
+def _scale(cfg: Any, args: argparse.Namespace) -> int:
+    """Says each size as it is compiled, and then all of them."""
+    from jaxlm.recipes import plan_scaling  # which builds on this module
+
+    points = []
+    for point in plan_scaling.scale(cfg, args.scale, args.stage):
+        points.append(point)
+        print(f"{point.topology}: compiled in {point.plan.compile_s:.0f} s", flush=True)
+    print("\n" + plan_scaling.render(points))
+    if args.json:
+        args.json.write_text(json.dumps(plan_scaling.as_dicts(points), indent=1))
+    if args.plot:
+        plan_scaling.plot(points, args.plot, title=Path(args.config).stem)
     return 0
 
 

@@ -64,7 +64,8 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarra
     slices = {getattr(d, "slice_index", None) for d in devices}
     if sizes[0] > 1 and len(slices) == sizes[0]:
         within, across = (1, *sizes[1:]), (sizes[0], *(1 for _ in sizes[1:]))
-        return mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices=devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu" and len(devices) > 1:
-        return mesh_utils.create_device_mesh(sizes, devices=devices)
+        # Physical axes are split where no product of whole ones gives a size, as 128 of 16x16x16 chips.
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     return np.array(devices, dtype=object).reshape(sizes)  # no wiring to respect: the order of the list
