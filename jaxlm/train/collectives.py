@@ -30,8 +30,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_NAMED = re.compile(rf"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}")
+_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<={_ORDER}")
 
 
 class Collective(NamedTuple):
@@ -142,16 +143,19 @@ def _group(line: str, mesh: Mesh) -> list[int]:
         return [int(n) for n in listed[1].split(",")]
     if named := _NAMED.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        joined = re.findall(r"'(\w+)'", named[2])
+        ids = _ids(named[2] or str(math.prod(sizes.values())), named[3]).reshape(*sizes.values())
+        joined = re.findall(r"'(\w+)'", named[4])
         return ids[tuple(slice(None) if name in joined else 0 for name in sizes)].reshape(-1).tolist()
     if iota := _IOTA.search(line):
-        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        return ids.reshape(shape)[0].tolist()
+        return _ids(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")])[0].tolist()
     return list(range(mesh.size))
+
+
+def _ids(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, ... in an array of those dimensions, transposed to that order."""
+    shape = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _axes(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:

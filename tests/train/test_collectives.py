@@ -53,11 +53,20 @@ def test_kind_axes_bytes_and_runs(mesh, kind, body, axes, size, sent, times):
     assert {(c.axes, c.size, c.sent) for c in found} == {(axes, size, sent)}
 
 
-def test_groups_of_named_axes_as_newer_compilers_write_them(mesh):
-    line = "replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b','c'}"
-    hlo = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %r = f32[8]{{0}} all-reduce(%x), {line}, to_apply=%add\n}}\n"
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("mesh['a'=2,'b'=2,'c'=2] {'b','c'}", ("fsdp",)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ("data",)),
+        ("mesh['a'=2,'b'=4], device_ids=([8]) {'a'}", ("data",)),
+    ],
+)
+def test_groups_of_named_axes_as_newer_compilers_write_them(mesh, groups, axes):
+    line = f"replica_groups={groups}, to_apply=%add"
+    hlo = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %r = f32[8]{{0}} all-reduce(%x), {line}\n}}\n"
     (found,) = collectives(hlo, mesh)
-    assert found.axes == ("fsdp",) and found.size == 32
+    assert found.axes == axes and found.size == 32
 
 
 def test_a_loop_runs_as_often_as_its_condition_says(mesh):
