@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.recipes.roll_call import roll_call
+
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
@@ -73,6 +75,8 @@ def join() -> None:
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not (number and index):
         raise ValueError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
+    if address:
+        roll_call(address, number=int(number or 0), index=int(index or 0), timeout_s=JOIN_TIMEOUT)
     explicit = dict(coordinator_address=address, num_processes=int(number or 0), process_id=int(index or 0))
     try:
         jax.distributed.initialize(**(explicit if address else {}), initialization_timeout=JOIN_TIMEOUT)

@@ -7,6 +7,8 @@ import json
 import logging
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -213,6 +215,33 @@ def test_memory_is_logged_around_a_save(tmp_path, state, caplog):
     with caplog.at_level(logging.INFO, logger="jaxlm.train.checkpoint"):
         save(tmp_path, {5: {}}, state)
     assert [("rss" in r.message, "step 5" in r.message) for r in caplog.records] == [(True, True)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the allocator of Linux")
+def test_host_memory_stays_flat_over_200_saves(tmp_path):
+    code = """if True:
+        import ctypes, sys, jax, optax
+        from jaxlm.train.checkpoint import Checkpoints
+        from jaxlm.train.memory import rss_bytes
+        from jaxlm.train.state import new_state
+        state = new_state({"w": jax.random.normal(jax.random.key(0), (1000, 1000))}, optax.adam(1e-3))
+        checkpoints = Checkpoints(sys.argv[1], keep_last=2)
+        def held():
+            checkpoints.wait()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator keeps for later is not lost
+            return rss_bytes()
+        for step in range(200):
+            checkpoints.save(step, state)
+            if step == 50:
+                before = held()
+        print(before, held())
+        checkpoints.close()
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = map(int, done.stdout.split())
+    assert after - before < 12e6  # the state: a leak of a hundredth of it per save would be more
 
 
 def test_no_checkpoint_where_one_is_expected(tmp_path, state):
