@@ -110,7 +110,8 @@ def main(args: argparse.Namespace) -> int:
     if most is not None:
         print(f"largest batch that fits, with {num_microbatches(cfg)} micro-batches: {most:,} rows")
     if args.json:
-        args.json.write_text(json.dumps(as_dict(plan) | {"topology": args.topology, "largest_batch": most}, indent=1))
+        about = {"config": args.config, "topology": args.topology, "largest_batch": most}
+        args.json.write_text(json.dumps(as_dict(plan) | about, indent=1) + "\n")
     if args.plot:
         plot(plan, args.plot, title=f"{Path(args.config).stem} on {args.topology}")
     return 0

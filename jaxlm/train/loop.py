@@ -99,7 +99,7 @@ def train(
 
         for step in range(run.start, cfg.num_steps + 1):
             scores = run.evaluate(step, state, evaluate)
-            stop = run.preemption.agreed(step)
+            stop = run.preemption.agreed()
             run.save(step, state if frozen is None else state.replace(frozen=None), scores, now=stop)
             if stop:
                 raise run.preempted(step)

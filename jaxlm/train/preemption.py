@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,6 +13,11 @@ from jax.experimental import multihost_utils
 
 EXIT_CODE = 75
 """What a process exits with after a preempted run was saved: EX_TEMPFAIL, "try again"."""
+
+
+# The coordination service stops all at one more than the largest number that any process has passed, and takes 0 for a
+# process that has passed none: a signal before the first call means 1, and the steps of a resumed run begin further on.
+_CALLS = itertools.count(1)
 
 
 class Preempted(SystemExit):
@@ -48,10 +54,10 @@ class Preemption:
         """Whether a signal has come to this process."""
         return self._asked
 
-    def agreed(self, step: int) -> bool:
+    def agreed(self) -> bool:
         """Whether the run stops before this step; with several processes, called by all of them at every step."""
         if jax.process_count() > 1:
-            self._asked = self._asked or multihost_utils.reached_preemption_sync_point(step)
+            self._asked = self._asked or multihost_utils.reached_preemption_sync_point(next(_CALLS))
         return self._asked
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -102,6 +102,61 @@ def test_a_collective_over_several_nodes_shares_their_network(platform, axes, sh
     assert planning.wire_shares(mesh, tuple(axes)) == shares
 
 
+GOLDEN = sorted((ROOT / "tests/golden/plans").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.stem)
+def test_a_shipped_config_pays_what_it_paid_when_its_golden_numbers_were_taken(golden, tmp_path):
+    """Anew: jaxlm plan --config configs/F.py --topology T --no-batch --json tests/golden/plans/NAME.json."""
+    expected = json.loads(golden.read_text())
+    command = [sys.executable, "-m", "jaxlm.cli", "plan", "--config", str(ROOT / expected["config"]), "--no-batch"]
+    command += ["--topology", expected["topology"], "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "plan.json").read_text())
+    # Patches of the compiler move a little; what the contract forbids, a table gathered or summed whole, is no little.
+    assert found["total"] == pytest.approx(expected["total"], rel=0.03)
+    by_axes = [
+        {(x["kind"], *x["axes"]): x["bytes"] for x in plan["sent"] if x["bytes"] > 0.001 * plan["sent"][0]["bytes"]}
+        for plan in (found, expected)
+    ]
+    assert by_axes[0] == pytest.approx(by_axes[1], rel=0.03)
+
+
+TENSOR_PARALLEL = """if True:
+    import dataclasses, json, sys
+    from jaxlm.recipes import plan
+    from jaxlm.recipes.shrink import shrink
+    from jaxlm.recipes.train import load_recipe
+    from jaxlm.sharding.mesh import MeshConfig
+    from jaxlm.sharding.topology import devices_of
+
+    recipe, cfg = load_recipe(sys.argv[1], ["data.tokenizer=bytes"])
+    cfg = dataclasses.replace(shrink(recipe.resolve(cfg)), mesh=MeshConfig(data=4, tensor=2))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=64, sequence_length=512))
+    shape = dict(num_layers=4, width=512, mlp_width=1024, head_dim=128, max_length=512, vocab_size=8192)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **shape))
+    made = plan.make_plan(cfg, devices_of("v5e:2x4"))
+    print(json.dumps(made.sent["all-reduce", ("tensor",)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")
+def test_tensor_parallel_pays_two_sums_a_layer_and_pass():
+    command = [sys.executable, "-c", TENSOR_PARALLEL, str(ROOT / "configs/pretrain/llama_8b_pod.py")]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, sent = json.loads(done.stdout)
+    # A layer: two forward, two backward, and of the forward pass made again the first. The embedding's lookup, and the
+    # gradient of what meets the head. Two micro-batches, of float32, since products accumulate in it; a sum of two
+    # devices sends an array once. What is left are numbers of tokens.
+    stream = 64 // 2 // 4 * 512 * 512 * 4
+    assert sent == pytest.approx(2 * (4 * 5 + 2) * stream, rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jaxlm[cuda]")
 def test_the_command_plans_for_gpus_that_are_not_here():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import runpy
 import signal
@@ -170,7 +171,7 @@ def test_a_second_signal_is_not_swallowed():
         preemption = stack.enter_context(Preemption())
         assert not preemption.asked()
         signal.raise_signal(signal.SIGINT)
-        assert preemption.asked() and preemption.agreed(3)
+        assert preemption.asked() and preemption.agreed()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -244,3 +245,20 @@ def test_rows_left_out_stand_in_every_line():
         progress.push(step, {"loss": (jax.numpy.ones(()), jax.numpy.ones(()))})
     progress.drain()
     assert lines == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_missed(monkeypatch):
+    """As the coordination service has it: the stop is at one more than the largest number passed before, or than 0."""
+    passed = [0]
+
+    def reached(number):
+        passed.append(number)
+        return number == stop_at
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jaxlm.train.preemption.multihost_utils.reached_preemption_sync_point", reached)
+    monkeypatch.setattr("jaxlm.train.preemption._CALLS", itertools.count(1))
+    stop_at = max(passed) + 1
+    assert Preemption().agreed()
+    stop_at = max(passed) + 1  # in the next stage of the same process
+    assert Preemption().agreed()
