@@ -3,13 +3,16 @@
     jaxlm bench token_stats                                 # N=1024 D=512 V=65536 float32, forward, then with gradients
     jaxlm bench token_stats --dtype bfloat16 --json out.json
     jaxlm bench token_stats --tokens 8192 --width 4096 --vocab 131072 --dtype bfloat16 --weights bfloat16 --versus torch
+    jaxlm bench token_stats --only tiled one_pass --plot out.png
     jaxlm bench token_stats --compile-for v5e:2x2 --tokens 8192 --width 4096 --vocab 131072
 
-The candidates take turns in one process; compare the column "speed-up", not the times of two runs. GFLOP/s count the
+The candidates take turns in one process; compare the column "speed-up", not the times of two runs. TFLOP/s count the
 products that a candidate needs: 2NDV forward; with gradients 6NDV dense and one_pass, 8NDV tiled, which computes the
-logits twice; "half" has half the positions masked and half of that. --versus torch (on a GPU) adds PyTorch's linear
-and cross_entropy and, where installed, Liger's fused kernel and cut-cross-entropy: they give no entropy, and their
-temporary memory is what their allocator saw, the gradients included.
+logits twice; "half" has half the positions masked and half of that. "of peak" is their share of the rate of square
+products of the same dtype, which take their turn too. Where tokamax is installed, its chunked loss stands beside.
+--versus torch (on a GPU) adds PyTorch's linear and cross_entropy and, where installed, Liger's fused kernel and
+cut-cross-entropy: these rivals give no entropy; temporary memory of PyTorch's is what its allocator saw, the gradients
+included.
 
 --compile-for needs no TPU: it compiles `tiled` and `pallas_tpu` for a chip of the named slice, in bfloat16, and shows
 the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in jaxlm/ops/token_stats/BENCHMARKS.md.
@@ -18,14 +21,16 @@ the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in j
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import optax
 
@@ -53,7 +58,8 @@ class Measurement(NamedTuple):
     candidate: str
     time_s: float
     speedup: float
-    gflop_per_s: float
+    tflop_per_s: float
+    peak_share: float
     temp_bytes: int
     temp_ratio: float
     max_error: float
@@ -97,6 +103,15 @@ def _logits(hidden: Array, unembed: Array) -> Array:
     return jnp.matmul(hidden, unembed.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
 
 
+def tokamax_loss(hidden: Float[Array, "N D"], unembed: Float[Array, "V D"], targets: Int[Array, "N"]) -> Array:
+    """tokamax's loss that does not hold the logits; it takes the unembedding in the dtype of the hidden states."""
+    import tokamax
+
+    return -tokamax.linear_softmax_cross_entropy_loss(
+        hidden, targets, unembed.astype(hidden.dtype).T, reduction="none", implementation="chunked_xla"
+    )
+
+
 def _ours(implementation: str, outputs: tuple, hidden: Array, unembed: Array, targets: Array) -> Any:
     stats = token_stats(hidden, unembed, targets, outputs=outputs, implementation=implementation)
     return stats.logprob if outputs == ("logprob",) else (stats.logprob, stats.entropy)
@@ -122,12 +137,39 @@ CANDIDATES: dict[str, LogProb] = {
     "half": _half,
     "one_pass": _one_pass,
 }
+INSTALLED: dict[str, LogProb] = {"tokamax": tokamax_loss}
+"""Rivals from the packages of these names, where they are installed."""
 GPU_CANDIDATES: dict[str, LogProb] = {"mosaic_gpu": partial(_ours, "mosaic_gpu", ("logprob", "entropy"))}
 """With the entropy; bfloat16 only."""
 PRODUCTS: dict[str, dict[str, float]] = {
-    "forward": {"half": 0.5}, "forward+backward": {"tiled": 4, "tiled+entropy": 4, "half": 2, "mosaic_gpu": 4},
-}  # fmt: skip
+    "forward": {"half": 0.5},
+    "forward+backward": {"tiled": 4, "tiled+entropy": 4, "half": 2, "mosaic_gpu": 4, "tokamax": 4},
+}
 """Products of N D V each, 2 FLOP an entry, where they are not 1 forward and 3 with gradients."""
+PEAK = "square products"
+
+
+def candidates(problem: Problem, only: Sequence[str] = ()) -> dict[str, LogProb]:
+    """Those that run here, or of them the baseline and `only`; ValueError for a name that is none of them."""
+    found = CANDIDATES | {name: f for name, f in INSTALLED.items() if importlib.util.find_spec(name) is not None}
+    if problem.hidden.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        found = found | GPU_CANDIDATES
+    unknown = [name for name in only if name not in found]
+    if unknown:
+        raise ValueError(f"--only: expected some of {', '.join(found)}; found {', '.join(unknown)}")
+    return {name: f for name, f in found.items() if not only or name in (BASELINE, *only)}
+
+
+def peak_product(dtype: Any) -> tuple[Callable[[], Array], float]:
+    """A chain of square products, and its FLOP: long enough that their start does not count."""
+    side, count = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
+
+    @jax.jit
+    def chain(x: Array) -> Array:
+        return jax.lax.fori_loop(0, count, lambda _, y: y @ x, x)
+
+    return partial(chain, x), 2.0 * count * side**3
 
 
 def with_gradients(candidate: LogProb) -> LogProb:
@@ -153,12 +195,12 @@ def exact(problem: Problem, *, rows: int) -> Float[np.ndarray, "R"]:
 
 
 def measure(
-    problem: Problem, direction: str, *, rounds: int, truth: Float[np.ndarray, "R"], versus_torch: bool = False
-) -> list[Measurement]:
+    problem: Problem, direction: str, *, rounds: int, truth: Float[np.ndarray, "R"], only: Sequence[str] = (),
+    versus_torch: bool = False,
+) -> list[Measurement]:  # fmt: skip
     """All candidates in one direction, "forward" or "forward+backward", in interleaved rounds."""
     gradients = direction != "forward"
-    kernels = GPU_CANDIDATES if problem.hidden.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" else {}
-    runs = {name: with_gradients(f) if gradients else f for name, f in (CANDIDATES | kernels).items()}
+    runs = {name: with_gradients(f) if gradients else f for name, f in candidates(problem, only).items()}
     compiled = {name: jax.jit(f).lower(*problem).compile() for name, f in runs.items()}
     calls: dict[str, Callable[[], Any]] = {name: partial(f, *problem) for name, f in compiled.items()}
     temps = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
@@ -167,17 +209,20 @@ def measure(
         for name, rival in token_stats_torch.rivals(*problem, gradients=gradients).items():
             calls[name], products[name] = rival.call, rival.products[direction]
             temps[name] = token_stats_torch.measured_temp_bytes(rival.call)
-    times = medians(interleave(calls, rounds=rounds))
+    peak, peak_flop = peak_product(problem.hidden.dtype)
+    times = medians(interleave(calls | {PEAK: peak}, rounds=rounds))
     (tokens, width), vocab = problem.hidden.shape, problem.unembed.shape[0]
     lines = []
     for name, call in calls.items():
+        rate = 2 * products[name] * tokens * width * vocab / times[name]
         lines.append(
             Measurement(
                 direction=direction,
                 candidate=name,
                 time_s=times[name],
                 speedup=times[BASELINE] / times[name],
-                gflop_per_s=2e-9 * products[name] * tokens * width * vocab / times[name],
+                tflop_per_s=rate / 1e12,
+                peak_share=rate / (peak_flop / times[PEAK]),
                 temp_bytes=temps[name],
                 temp_ratio=temps[name] / temps[BASELINE],
                 max_error=_error(name, call(), truth, is_loss=name not in compiled),
@@ -198,23 +243,44 @@ def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bo
 
 def table(lines: list[Measurement]) -> str:
     """The measurements as a person reads them."""
-    names = ("ms", "speed-up", "GFLOP/s", "temp MiB", "ratio", "max error")
-    head = f"{'':17}{'candidate':20}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 10, 8, 11)))
+    names = ("ms", "speed-up", "TFLOP/s", "of peak", "temp MiB", "ratio", "max error")
+    head = f"{'':17}{'candidate':20}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 9, 10, 8, 11)))
     rows = [
-        f"{m.direction:17}{m.candidate:20}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.gflop_per_s:9.1f}"
+        f"{m.direction:17}{m.candidate:20}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.tflop_per_s:9.3g}{m.peak_share:9.0%}"
         f"{m.temp_bytes / 2**20:10.1f}{m.temp_ratio:8.3f}{m.max_error:11.1e}"
         for m in lines
     ]
     return "\n".join([head, *rows])
 
 
+def plot(lines: list[Measurement], path: Path, *, title: str) -> None:
+    """Time and temporary memory of every candidate: a row of bars for each direction."""
+    directions = list(dict.fromkeys(m.direction for m in lines))
+    figure = matplotlib.figure.Figure(figsize=(11, 0.5 + 0.35 * len(lines)), layout="constrained")
+    figure.suptitle(title)
+    for row, direction in enumerate(directions):
+        found = [m for m in lines if m.direction == direction]
+        for column, (what, values) in enumerate(
+            {"ms": [m.time_s * 1e3 for m in found], "temporary MiB": [m.temp_bytes / 2**20 for m in found]}.items()
+        ):
+            axes = figure.add_subplot(len(directions), 2, 2 * row + column + 1)
+            bars = axes.barh([m.candidate for m in found], values, color="tab:blue" if column == 0 else "tab:gray")
+            axes.bar_label(bars, [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in values], padding=3)
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+            axes.set(title=direction, xlabel=what)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def run(
     *, num_tokens: int, width: int, vocab: int, dtype: str, rounds: int, weights: str = "float32", error_rows: int = 64,
-    versus_torch: bool = False,
+    only: Sequence[str] = (), versus_torch: bool = False,
 ) -> list[Measurement]:  # fmt: skip
     """Both directions on one problem."""
     problem = make_problem(num_tokens=num_tokens, width=width, vocab=vocab, dtype=dtype, weights=weights)
-    options: dict[str, Any] = dict(rounds=rounds, versus_torch=versus_torch)
+    options: dict[str, Any] = dict(rounds=rounds, only=only, versus_torch=versus_torch)
+    candidates(problem, only)
     options["truth"] = exact(problem, rows=min(error_rows, num_tokens))
     return [m for d in ("forward", "forward+backward") for m in measure(problem, d, **options)]
 
@@ -227,9 +293,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the hidden states")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the unembedding")
     parser.add_argument("--versus", choices=["torch", "none"], default="none", help="rivals (default: none)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"these, beside {BASELINE} and rivals")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median counts (default %(default)s)")
     parser.add_argument("--compile-for", metavar="TOPOLOGY", help="a TPU slice to compile for instead, as v5e:2x2")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the measurements to this file")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw them, into this .png, .svg or .pdf")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -243,11 +311,14 @@ def main(args: argparse.Namespace) -> int:
         "num_tokens": args.tokens, "width": args.width, "vocab": args.vocab, "dtype": args.dtype,
         "weights": args.weights,
     }  # fmt: skip
-    lines = run(**size, rounds=args.rounds, versus_torch=versus_torch)
+    lines = run(**size, rounds=args.rounds, only=args.only, versus_torch=versus_torch)
     device = jax.devices()[0]
     where = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
-    print(" ".join(f"{key}={value}" for key, value in (where | size).items()))
+    title = " ".join(f"{key}={value}" for key, value in (where | size).items())
+    print(title)
     print(table(lines))
+    if args.plot:
+        plot(lines, args.plot, title=title)
     if args.json:
         args.json.write_text(json.dumps(where | size | {"measurements": [m._asdict() for m in lines]}, indent=1))
     return 0

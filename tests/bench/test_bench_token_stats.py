@@ -39,7 +39,7 @@ def test_every_candidate_computes_the_same(dtype):
     truth = bench.exact(problem, rows=16)
     for direction in ("forward", "forward+backward"):
         lines = bench.measure(problem, direction, rounds=1, truth=truth)
-        assert [m.candidate for m in lines] == list(bench.CANDIDATES)
+        assert [m.candidate for m in lines] == list(bench.candidates(problem))
         assert max(m.max_error for m in lines) < 2e-6
         assert lines[0].speedup == 1 and lines[0].temp_ratio == 1
 
@@ -55,11 +55,23 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     bench.add_arguments(parser)
     out = tmp_path / "out.json"
     options = ["--tokens", "4", "--width", "8", "--vocab", "50", "--rounds", "1", "--json", str(out)]
+    options += ["--only", "tiled", "optax", "--plot", str(tmp_path / "out.png")]
     assert bench.main(parser.parse_args(options)) == 0
     table = capsys.readouterr().out.splitlines()
-    assert "vocab=50" in table[0] and len(table) == 2 + 2 * len(bench.CANDIDATES)
+    assert "vocab=50" in table[0] and len(table) == 2 + 2 * 3
     written = json.loads(out.read_text())
-    assert written["vocab"] == 50 and [m["candidate"] for m in written["measurements"]] == 2 * list(bench.CANDIDATES)
+    lines = written["measurements"]
+    assert written["vocab"] == 50 and [m["candidate"] for m in lines] == 2 * [bench.BASELINE, "optax", "tiled"]
+    assert all(m["peak_share"] > 0 for m in lines)
+    ratio = lines[2]["tflop_per_s"] * lines[2]["time_s"] / (lines[0]["tflop_per_s"] * lines[0]["time_s"])
+    np.testing.assert_allclose(ratio, 1)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_an_unknown_candidate_is_an_error_before_anything_is_measured():
+    problem = bench.make_problem(num_tokens=2, width=8, vocab=8, dtype="float32")
+    with pytest.raises(ValueError, match="--only: expected some of log_softmax, .*; found tild"):
+        bench.candidates(problem, ["tiled", "tild"])
 
 
 def test_rivals_of_a_gpu_are_refused_without_one_before_anything_is_measured():
