@@ -81,6 +81,7 @@ class Problem(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm bench dpo`."""
     parser.add_argument("--versus", choices=("trl", "none"), default="none", help="the rival (default: none)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="of the contestants, these")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it (default)")
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step (default 8)")
@@ -115,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def contestants(args: argparse.Namespace) -> list[str]:
-    """The names of those that run; ValueError where Liger's kernels are asked for and cannot."""
+    """The names of those that run; ValueError for an unknown one, and for Liger's kernels where they cannot run."""
     if args.liger and (args.versus != "trl" or jax.default_backend() != "gpu"):
         raise ValueError(
             f"--liger needs --versus trl and a GPU, found --versus {args.versus} on {jax.default_backend()}: Liger's "
@@ -123,7 +124,11 @@ def contestants(args: argparse.Namespace) -> list[str]:
         )
     ours = [name for name in CONTESTANTS if name.startswith("jaxlm")]
     theirs = ["trl liger" if args.liger else "trl", "trl precomputed"]
-    return ours + (theirs if args.versus == "trl" else [])
+    names = ours + (theirs if args.versus == "trl" else [])
+    unknown = [name for name in args.only if name not in names]
+    if unknown or "jaxlm" not in (args.only or names):
+        raise ValueError(f"--only: expected jaxlm and some of {', '.join(names[1:])}; found {', '.join(args.only)}")
+    return [name for name in names if not args.only or name in args.only]
 
 
 def report(times: dict[str, list[float]], memory: dict[str, dict[str, int]], pairs: int) -> str:
@@ -134,8 +139,9 @@ def report(times: dict[str, list[float]], memory: dict[str, dict[str, int]], pai
         span = f"{middle[name]:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f})"
         lines.append(f"{name:15} {pairs / middle[name]:6.2f} pairs/s   {span}{peaks}")
     rivals = [name for name in times if name.startswith("trl")]
-    for ours, theirs in (*(("jaxlm", name) for name in rivals), *(("jaxlm live", name) for name in rivals[:-1])):
-        if theirs in times:
+    live = [name for name in rivals if name != "trl precomputed"]
+    for ours, theirs in (*(("jaxlm", name) for name in rivals), *(("jaxlm live", name) for name in live)):
+        if ours in times:
             ratios = {what: size / memory[theirs][what] for what, size in memory.get(ours, {}).items()}
             peaks = "".join(f", {ratio:.2f} times the MB {what}" for what, ratio in ratios.items())
             lines.append(f"{ours} / {theirs}: {middle[theirs] / middle[ours]:.2f} times the pairs per second{peaks}")
@@ -248,7 +254,8 @@ def trl_step(problem: Problem, *, precompute: bool = False, liger: bool = False)
         train_dataset=datasets.Dataset.from_list([dict(zip(fields, pair)) for pair in problem.pairs]),
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
     )
-    trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
+    trainer.current_gradient_accumulation_steps = 1  # as `train` sets it, and as it lets products be in bfloat16:
+    trainer.accelerator.prepare_model(trainer.model)
     batch, optimizer = trainer.data_collator(list(trainer.train_dataset)), trainer.create_optimizer()
 
     def run() -> float:

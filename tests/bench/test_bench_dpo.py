@@ -58,6 +58,14 @@ def test_ligers_kernels_are_asked_for_where_they_can_run():
             bench.contestants(arguments(*options))
 
 
+def test_some_of_the_contestants_are_chosen_by_name():
+    chosen = bench.contestants(arguments("--versus", "trl", "--only", "trl precomputed", "jaxlm"))
+    assert chosen == ["jaxlm", "trl precomputed"]
+    for names in (["jaxlm", "trl"], ["jaxlm live"]):
+        with pytest.raises(ValueError, match="--only: expected jaxlm and some of jaxlm live; found"):
+            bench.contestants(arguments("--only", *names))
+
+
 @pytest.mark.slow
 @needs_proc
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
@@ -75,3 +83,22 @@ def test_trl_computes_the_same(tmp_path, capsys):
     for pair in ("jaxlm / trl", "jaxlm / trl precomputed", "jaxlm live / trl"):
         assert f"{pair}: " in printed
     assert list(json.loads(out.read_text())["losses"]) == ["jaxlm", "jaxlm live", "trl", "trl precomputed"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trls_products_are_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch, dtype):
+    pytest.importorskip("trl")
+    from transformers.models.llama import modeling_llama
+
+    seen, forward = set(), modeling_llama.LlamaMLP.forward
+
+    def recorded(self, x):
+        out = forward(self, x)
+        seen.add(str(out.dtype).removeprefix("torch."))
+        return out
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", recorded)
+    bench.trl_step(bench.make_problem(arguments("--dtype", dtype), tmp_path))()
+    assert seen == {dtype}
