@@ -153,7 +153,7 @@ def test_extreme_logits_have_finite_gradients(implementation):
     stats = jax.jit(jax.grad(lambda *a: weighted(everything(implementation, *a, targets)), (0, 1, 2)))
     forbidden = bias.at[3:9].set(-jnp.inf)
     for arrays in ((1e4 * hidden, unembed, bias), (hidden, unembed, bias + 1e4), (hidden, unembed, forbidden)):
-        for x in stats(*arrays):
+        for x in jax.tree.leaves(stats(*arrays)):
             assert bool(jnp.isfinite(x).all())
 
 
@@ -186,7 +186,7 @@ def test_bfloat16_gradients(rows):
     hidden, table = hidden.astype(jnp.bfloat16), unembed.astype(rows)
 
     def grads(f, hidden, table):
-        return jax.jit(jax.grad(lambda *a: sum(x.sum() for x in f(*a)), (0, 1)))(hidden, table)
+        return jax.jit(jax.grad(lambda *a: sum(x.sum() for x in jax.tree.leaves(f(*a))), (0, 1)))(hidden, table)
 
     got = grads(partial(blocks_of, 64, bias=None, targets=targets), hidden, table)
     assert (got[0].dtype, got[1].dtype) == (jnp.bfloat16, jnp.dtype(rows))

@@ -111,7 +111,7 @@ def test_gradients_are_those_of_tiled(monkeypatch):
         stats = token_stats(
             hidden, unembed, targets, temperature=0.7, soft_cap=3.0, outputs=ALL, implementation=implementation
         )
-        return sum(jnp.sum(jnp.sin(jnp.arange(140.0) + i) * x) for i, x in enumerate(stats))
+        return sum(jnp.sum(jnp.sin(jnp.arange(140.0) + i) * x) for i, x in enumerate(jax.tree.leaves(stats)))
 
     got, want = (
         jax.jit(jax.value_and_grad(total, (1, 2)), static_argnums=0)(name, hidden, unembed)

@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_all_positions(counts):
     def total(params, capacity):
         stats = make_hidden_scorer(apply, head, capacity=capacity)(params, batch, None, OUTPUTS)
         weights = jnp.arange(ROWS * LENGTH, dtype=jnp.float32).reshape(ROWS, LENGTH)
-        return sum(jnp.sum(weights * x) for x in stats), stats
+        return sum(jnp.sum(weights * x) for x in jax.tree.leaves(stats)), stats
 
     (value, stats), gradient = jax.value_and_grad(total, has_aux=True)(params, None)
     (compact_value, compact), compact_gradient = jax.value_and_grad(total, has_aux=True)(params, 6)

@@ -15,18 +15,20 @@ from jaxlm.ops.token_stats.contract import (
     Output,
     TokenStats,
     blank,
+    check_mask,
+    check_options,
     check_outputs,
     check_shapes,
-    check_soft_cap,
     check_targets,
     check_temperature,
+    of_tokens,
     silence,
 )
 from jaxlm.ops.token_stats.dense import dense, from_logits
 from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.one_pass import one_pass_nll
 from jaxlm.ops.token_stats.sharded import token_stats_sharded
-from jaxlm.ops.token_stats.tiled import tiled
+from jaxlm.ops.token_stats.tiled import beyond_kernels, tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -50,30 +52,36 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
 def token_stats(
     hidden: Float[Array, "*tokens D"],
     unembed: Float[Array, "V D"],
-    targets: Int[Array, "*tokens"],
+    targets: Int[Array, "..."],
     *,
     mask: Bool[Array, "*tokens"] | None = None,
     bias: Float[Array, "V"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
     soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
     outputs: Collection[Output] = ("logprob", "entropy"),
     implementation: str | None = None,
 ) -> TokenStats:
     """Log-probability of each target and entropy of its distribution, without ever holding [tokens, vocab].
 
-        u = unembed @ hidden + bias    z = soft_cap * tanh(u / soft_cap) / temperature    p = softmax(z)
-        logprob = log p[target]        entropy = -sum_v p_v log p_v                       logsumexp = log sum_v exp z_v
+        u = logit_scale * unembed @ hidden + bias    z = soft_cap * tanh(u / soft_cap) / temperature    p = softmax(z)
+        logprob = log p[target]                      entropy = -sum_v p_v log p_v
+        logsumexp = log sum_v exp z_v                log_sum_squares = log sum_v p_v^2
+        argmax = argmax_v p_v                        top_logprob = log p[argmax]
 
     hidden: [..., D], any float dtype; the products run in it. unembed: [V, D] (rounded to the dtype of hidden, block by
-    block). targets: [...] integers in [0, V). mask: [...] boolean, True keeps (None: all). bias: [V]; -inf forbids an
-    entry. temperature: a scalar above 0. soft_cap: a number above 0, or None. outputs: any of "logprob", "entropy",
-    "logsumexp". implementation: "tiled", "dense", "pallas_tpu" (a kernel for the forward pass on TPUs, interpreted
-    elsewhere; no bias, no float64), "mosaic_gpu" (one for Hopper GPUs, bfloat16, no bias, no soft-cap), or None for the
-    best one for this platform and these arguments.
+    block). targets: [...] integers in [0, V), or [..., K]: several for each token, as the teacher's likeliest in
+    distillation. mask: [...] boolean, True keeps (None: all). bias: [V]; -inf forbids an entry. temperature: a scalar
+    above 0. soft_cap: a number above 0, or None. logit_scale: a number above 0. valid_vocab: rows of unembed that are
+    entries at all, where the others only fill it up; None: V. outputs: any of those above, each by its name.
+    implementation: "tiled", "dense", "pallas_tpu" (a kernel for the forward pass on TPUs, interpreted elsewhere; no
+    bias, no float64), "mosaic_gpu" (one for Hopper GPUs, bfloat16, no bias, no soft-cap), or None for the best one for
+    this platform and these arguments. The kernels take one target a token and give neither argmax nor log_sum_squares.
 
-    Result: `TokenStats(logprob, entropy, logsumexp)`, each [...] in nats, float32; None where not asked for, and free.
-    logprob <= 0 and entropy >= 0 exactly. Differentiable in hidden, unembed and bias through all three outputs, not in
-    temperature (stop_gradient).
+    Result: `TokenStats`, each of the shape [...] (logprob: of targets) in nats, float32 (argmax: int32, the first of
+    equal ones); None where not asked for, and free. logprob <= 0 and entropy >= 0 exactly. Differentiable in hidden,
+    unembed and bias through logprob, entropy and logsumexp; the other three are constants, as temperature is.
 
     Numerics: products accumulate in float32 and everything after is float32 (float64 for float64 operands under x64);
     the gradient of a float32 unembed is accumulated and returned in float32 even when hidden is bfloat16. A masked
@@ -92,19 +100,23 @@ def token_stats(
     [-1.386  0.   ] [1.386 0.   ] None
     """
     targets = jnp.asarray(targets)
-    check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
-    run = _implementation(implementation or _best(platform(), Head(hidden, unembed, bias, None), soft_cap))
-    stats = run(
+    check_shapes(hidden, unembed, targets, mask=mask, bias=bias, several=True)
+    options = check_options(
+        unembed, bias=bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, valid_vocab=valid_vocab
+    )
+    outputs, tokens = check_outputs(outputs), hidden.shape[:-1]
+    flat = targets.reshape(-1, *targets.shape[len(tokens) :])
+    if implementation is None:
+        implementation = _best(platform(), Head(hidden, unembed, options.bias, None), options.soft_cap, flat, outputs)
+    stats = _implementation(implementation)(
         blank(hidden, mask).reshape(-1, hidden.shape[-1]),
         unembed,
-        targets.reshape(-1),
+        flat,
         mask=None if mask is None else mask.reshape(-1),
-        bias=bias,
-        temperature=check_temperature(temperature),
-        soft_cap=check_soft_cap(soft_cap),
-        outputs=check_outputs(outputs),
+        outputs=outputs,
+        **options._asdict(),
     )
-    return silence(jax.tree.map(lambda x: x.reshape(targets.shape), stats), mask)
+    return silence(of_tokens(stats, tokens), mask)
 
 
 def token_stats_from_logits(
@@ -126,7 +138,8 @@ def token_stats_from_logits(
     [-1.386] None [1.386]
     """
     targets = jnp.asarray(targets)
-    check_targets(logits.shape[:-1], targets, mask=mask)
+    check_targets(logits.shape[:-1], targets)
+    check_mask(logits.shape[:-1], mask)
     wide = blank(logits, mask).astype(jnp.promote_types(logits.dtype, jnp.float32))
     stats = from_logits(
         wide.reshape(-1, logits.shape[-1]),
@@ -134,7 +147,7 @@ def token_stats_from_logits(
         temperature=check_temperature(temperature),
         outputs=check_outputs(outputs),
     )
-    return silence(jax.tree.map(lambda x: x.reshape(targets.shape), stats), mask)
+    return silence(of_tokens(stats, targets.shape), mask)
 
 
 def _implementation(name: str) -> Implementation:
@@ -143,13 +156,14 @@ def _implementation(name: str) -> Implementation:
     return IMPLEMENTATIONS[name]
 
 
-def _best(platform_name: str, head: Head, soft_cap: float | None) -> str:
+def _best(platform_name: str, head: Head, soft_cap: float | None, targets: Array, outputs: tuple[Output, ...]) -> str:
     """The kernel on one Hopper GPU where it can be had, else `tiled`: BENCHMARKS.md; each logged once."""
     if platform_name != "gpu" or not _one_hopper():
         return _announced(platform_name, "tiled")
     from jaxlm.ops.token_stats import mosaic_gpu  # importing it costs more than all else of this package
 
-    return _announced(platform_name, "tiled" if mosaic_gpu.obstacle(head, soft_cap) else "mosaic_gpu")
+    obstacle = mosaic_gpu.obstacle(head, soft_cap) or beyond_kernels(targets, outputs)
+    return _announced(platform_name, "tiled" if obstacle else "mosaic_gpu")
 
 
 def _one_hopper() -> bool:

@@ -12,7 +12,7 @@ from jaxlm.typing import Array, Bool, Float, Int
 def dense(
     hidden: Float[Array, "N D"],
     unembed: Float[Array, "V D"],
-    targets: Int[Array, "N"],
+    targets: Int[Array, "N *K"],
     *,
     mask: Bool[Array, "N"] | None = None,
     bias: Float[Array, "V"] | None,
@@ -29,13 +29,14 @@ def dense(
     table = _rounded(unembed, hidden.dtype).astype(wide)
     logits = jnp.matmul(hidden.astype(wide), table.T, precision=jax.lax.Precision.HIGHEST)
     logits = logits if bias is None else logits + bias.astype(wide)
-    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+    if soft_cap is not None:
+        logits = jnp.where(jnp.isneginf(logits), logits, soft_cap * jnp.tanh(logits / soft_cap))
     return from_logits(logits, targets, temperature=temperature, outputs=outputs)
 
 
 def from_logits(
     logits: Float[Array, "N V"],
-    targets: Int[Array, "N"],
+    targets: Int[Array, "N *K"],
     *,
     temperature: Float[Array, ""] | None,
     outputs: tuple[Output, ...],
@@ -46,10 +47,14 @@ def from_logits(
     log_probs = jax.nn.log_softmax(logits)
     # Where XLA fuses the logits into two loops they may differ in the last bit, and a log-probability exceed 0 by one.
     log_probs = log_probs - jax.lax.stop_gradient(jnp.maximum(log_probs, 0))
+    held = jax.lax.stop_gradient(log_probs)
     return TokenStats(
         logprob=_pick(log_probs, targets) if "logprob" in outputs else None,
         entropy=_entropy(log_probs) if "entropy" in outputs else None,
         logsumexp=jax.nn.logsumexp(logits, axis=-1) if "logsumexp" in outputs else None,
+        top_logprob=held.max(axis=-1) if "top_logprob" in outputs else None,
+        argmax=jnp.argmax(held, axis=-1).astype(jnp.int32) if "argmax" in outputs else None,
+        log_sum_squares=jax.nn.logsumexp(2 * held, axis=-1) if "log_sum_squares" in outputs else None,
     )
 
 
@@ -61,11 +66,12 @@ def _rounded(x: Array, dtype: jnp.dtype) -> Array:
     return x + jax.lax.stop_gradient(rounded - x)
 
 
-def _pick(log_probs: Float[Array, "N V"], targets: Int[Array, "N"]) -> Float[Array, "N"]:
+def _pick(log_probs: Float[Array, "N V"], targets: Int[Array, "N *K"]) -> Float[Array, "N *K"]:
     vocab = log_probs.shape[-1]
     known = (targets >= 0) & (targets < vocab)
-    index = jnp.where(known, targets, 0)
-    return jnp.where(known, jnp.take_along_axis(log_probs, index[:, None], axis=1)[:, 0], -jnp.inf)
+    index = jnp.where(known, targets, 0).reshape(len(log_probs), -1)
+    picked = jnp.take_along_axis(log_probs, index, axis=1).reshape(targets.shape)
+    return jnp.where(known, picked, -jnp.inf)
 
 
 def _entropy(log_probs: Float[Array, "N V"]) -> Float[Array, "N"]:

@@ -26,7 +26,7 @@ class Row(NamedTuple):
     maximum: Float[Array, "N"]
     log_total: Float[Array, "N"]
     shift: Float[Array, "N"] | None
-    on_target: Float[Array, "N"]
+    on_target: Float[Array, "N *K"]
     on_all: Float[Array, "N"]
     on_entropy: Float[Array, "N"] | None
 
@@ -37,7 +37,9 @@ class Sums(NamedTuple):
     maximum: Float[Array, "N"]
     exp: Float[Array, "N"]
     shifted: Float[Array, "N"] | None
-    target: Float[Array, "N"] | None
+    target: Float[Array, "N *K"] | None
+    squares: Float[Array, "N"] | None = None
+    argmax: Int[Array, "N"] | None = None
 
 
 def project(head: Head, start: Array | int, width: int) -> Float[Array, "N C"]:
@@ -48,14 +50,15 @@ def project(head: Head, start: Array | int, width: int) -> Float[Array, "N C"]:
 
 
 def activate(u: Float[Array, "N C"], head: Head, soft_cap: float | None) -> Float[Array, "N C"]:
-    """Soft-cap, then temperature."""
+    """Soft-cap, then temperature; an entry that the bias forbids stays forbidden."""
     if soft_cap is not None:
-        u = soft_cap * jnp.tanh(u / soft_cap)
+        capped = soft_cap * jnp.tanh(u / soft_cap)
+        u = capped if head.bias is None else jnp.where(jnp.isneginf(u), u, capped)
     return u if head.temperature is None else u / head.temperature.astype(u.dtype)
 
 
 def finish(
-    sums: Sums, known: Bool[Array, "N"], outputs: tuple[Output, ...]
+    sums: Sums, known: Bool[Array, "N *K"], outputs: tuple[Output, ...]
 ) -> tuple[TokenStats, Float[Array, "N"], Float[Array, "N"] | None]:
     """The statistics asked for, and what the backward pass needs of the sums: log l and t / l."""
     # l >= 1 and t <= 0 hold exactly when z and its maximum do; a fused recomputation of z may differ in the last bit.
@@ -66,38 +69,54 @@ def finish(
         logprob=None if sums.target is None else _logprob(sums, log_total, known),
         entropy=None if shift is None else log_total - shift,
         logsumexp=sums.maximum + log_total if "logsumexp" in outputs else None,
+        top_logprob=-jax.lax.stop_gradient(log_total) if "top_logprob" in outputs else None,
+        argmax=sums.argmax,
+        log_sum_squares=None if sums.squares is None else _log_sum_squares(sums.squares, log_total),
     )
     return stats, log_total, shift
 
 
-def _logprob(sums: Sums, log_total: Float[Array, "N"], known: Bool[Array, "N"]) -> Float[Array, "N"]:
-    logprob = (sums.target - sums.maximum) - log_total
+def _log_sum_squares(squares: Float[Array, "N"], log_total: Float[Array, "N"]) -> Float[Array, "N"]:
+    return jax.lax.stop_gradient(jnp.log(jnp.where(squares < 1, 1, squares)) - 2 * log_total)
+
+
+def _logprob(sums: Sums, log_total: Float[Array, "N"], known: Bool[Array, "N *K"]) -> Float[Array, "N *K"]:
+    logprob = (sums.target - along(sums.maximum, sums.target)) - along(log_total, sums.target)
     return jnp.where(known, jnp.where(logprob > 0, 0, logprob), -jnp.inf)
 
 
-def logit_gradient(row: Row, z: Float[Array, "N C"], on_target: Bool[Array, "N C"]) -> Float[Array, "N C"]:
-    """dz = g [target] + p (s - g - h (z - mean)), by the coefficients of `row`."""
+def logit_gradient(row: Row, z: Float[Array, "N C"], targets: Int[Array, "N *K"]) -> Float[Array, "N C"]:
+    """dz = g [target] + p (s - g - h (z - mean)), by the coefficients of `row`; targets count from this block."""
     below = z - row.maximum[:, None]
     p = jnp.exp(below - row.log_total[:, None])
-    dz = p * row.on_all[:, None] + jnp.where(on_target, row.on_target[:, None], 0)
+    dz = _add_on_targets(p * row.on_all[:, None], row.on_target, targets)
     if row.on_entropy is None:
         return dz
     return dz - row.on_entropy[:, None] * times_log(p, below - row.shift[:, None])
 
 
-def target_logit(z: Float[Array, "N C"], index: Int[Array, "N"]) -> Float[Array, "N"]:
+def _add_on_targets(dz: Float[Array, "N C"], on_target: Float[Array, "N *K"], targets: Int[Array, "N *K"]) -> Array:
+    width = dz.shape[1]
+    if targets.ndim == 1:  # fused into what makes dz
+        is_target = targets[:, None] == jnp.arange(width, dtype=targets.dtype)
+        return dz + jnp.where(is_target, on_target[:, None], 0)
+    here = in_vocabulary(targets, width)
+    return dz.at[jnp.arange(len(dz))[:, None], jnp.where(here, targets, width)].add(on_target, mode="drop")
+
+
+def target_logit(z: Float[Array, "N C"], index: Int[Array, "N *K"]) -> Float[Array, "N *K"]:
     """The target's logit where this block holds it, else 0. Taken from the tile whose maximum was taken."""
     width = z.shape[1]
-    picked = jnp.take_along_axis(z, jnp.clip(index, 0, width - 1)[:, None], axis=1)[:, 0]
-    return jnp.where(in_vocabulary(index, width), picked, 0)
+    picked = jnp.take_along_axis(z, jnp.clip(index, 0, width - 1).reshape(len(z), -1), axis=1)
+    return jnp.where(in_vocabulary(index, width), picked.reshape(index.shape), 0)
 
 
-def is_target(targets: Int[Array, "N"], start: Array | int, width: int) -> Bool[Array, "N C"]:
-    """Which entry of the block is the target of each token."""
-    return (targets - start)[:, None] == jnp.arange(width, dtype=targets.dtype)
+def along(x: Float[Array, "N"], targets: Array) -> Array:
+    """What each token has, to stand beside what each of its targets has."""
+    return x.reshape(x.shape + (1,) * (targets.ndim - 1))
 
 
-def in_vocabulary(targets: Int[Array, "N"], vocab: int) -> Bool[Array, "N"]:
+def in_vocabulary(targets: Int[Array, "N *K"], vocab: int) -> Bool[Array, "N *K"]:
     """Whether each target is an entry at all."""
     return (targets >= 0) & (targets < vocab)
 

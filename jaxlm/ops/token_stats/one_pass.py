@@ -22,9 +22,9 @@ from jaxlm.ops.token_stats.contract import (
     Output,
     TokenStats,
     blank,
+    check_options,
     check_outputs,
     check_shapes,
-    check_soft_cap,
     silence,
 )
 from jaxlm.ops.token_stats.head import (
@@ -34,7 +34,6 @@ from jaxlm.ops.token_stats.head import (
     activate,
     finish,
     in_vocabulary,
-    is_target,
     logit_gradient,
     product,
     project,
@@ -65,7 +64,10 @@ def one_pass_nll(
     *,
     mask: Bool[Array, "*tokens"] | None = None,
     bias: Float[Array, "V"] | None = None,
+    temperature: float | Float[Array, ""] = 1.0,
     soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
     z_weight: float = 0.0,
     outputs: Collection[Output] = ("logprob", "entropy"),
 ) -> tuple[Float[Array, ""], TokenStats]:
@@ -91,12 +93,15 @@ def one_pass_nll(
     targets = jnp.asarray(targets)
     check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
     num_tokens, vocab = targets.size, unembed.shape[0]
-    plan = _Plan(check_outputs(outputs), check_soft_cap(soft_cap), float(z_weight), num_tiles(num_tokens, vocab))
+    options = check_options(
+        unembed, bias=bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, valid_vocab=valid_vocab
+    )
+    plan = _Plan(check_outputs(outputs), options.soft_cap, float(z_weight), num_tiles(num_tokens, vocab))
     hidden, flat, count = blank(hidden, mask).reshape(-1, hidden.shape[-1]), targets.reshape(-1), jnp.int32(num_tokens)
     kept = None if mask is None else kept_first(mask.reshape(-1))
     if kept is not None:
         hidden, flat, count = take(hidden, kept.order), take(flat, kept.order), kept.number
-    total, stats = _nll(plan, Head(hidden, unembed, bias, None), flat, count)
+    total, stats = _nll(plan, Head(hidden, unembed, options.bias, options.temperature), flat, count)
     if kept is not None:
         stats = jax.tree.map(lambda x: take(x, kept.back), stats)
     return total, silence(jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(targets.shape), stats), mask)
@@ -114,7 +119,7 @@ def num_tiles(num_tokens: int, vocab: int) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, ""]) -> tuple[Array, TokenStats]:
     """Of the first `count` tokens; those behind them are not looked at."""
-    options = dict(bias=head.bias, temperature=None, soft_cap=plan.soft_cap, outputs=_needed(plan))
+    options = dict(bias=head.bias, temperature=head.temperature, soft_cap=plan.soft_cap, outputs=_needed(plan))
     mask = jnp.arange(len(targets)) < count
     return _total(plan, tiled(head.hidden, head.unembed, targets, mask=mask, **options), mask)
 
@@ -139,7 +144,9 @@ def _nll_fwd(plan: _Plan, head: Head, targets: Array, count: Array) -> tuple[tup
         unembed=zeros(head.unembed.shape),
         bias=None if head.bias is None else zeros(head.bias.shape),
         hidden=jnp.zeros_like(tiles[0]),
-        stats=TokenStats(**{name: zeros(tiles[1].shape) for name in needed}),
+        stats=TokenStats(
+            **{name: zeros(tiles[1].shape, dtype=jnp.int32 if name == "argmax" else wide) for name in needed}
+        ),
     )
 
     def step(t: Array, carry: _Carry) -> _Carry:
@@ -149,7 +156,8 @@ def _nll_fwd(plan: _Plan, head: Head, targets: Array, count: Array) -> tuple[tup
     end = jax.lax.fori_loop(0, -(-count // tiles[1].shape[1]), step, start)
     hidden, stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], (end.hidden, end.stats))
     bias = None if end.bias is None else end.bias.astype(head.bias.dtype)
-    return _total(plan, stats, mask), Head(hidden, end.unembed.astype(head.unembed.dtype), bias, None)
+    temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
+    return _total(plan, stats, mask), Head(hidden, end.unembed.astype(head.unembed.dtype), bias, temperature)
 
 
 def _nll_bwd(plan: _Plan, gradient: Head, cotangents: tuple[Array, TokenStats]) -> tuple[Head, None, None]:
@@ -190,7 +198,7 @@ def _one_tile(plan: _Plan, head: Head, carry: _Carry, t: Array, tile: tuple[Arra
     g = jnp.where(known, -weight, 0)
     s = 2 * plan.z_weight * stats.logsumexp * weight if plan.z_weight else 0
     row = Row(sums.maximum, log_total, shift, g, s - g, None)
-    (du,) = pull(logit_gradient(row, z, is_target(targets, 0, vocab)))
+    (du,) = pull(logit_gradient(row, z, targets))
     # One array for both products, not two computations of it fused into them.
     narrow = jax.lax.optimization_barrier(du.astype(hidden.dtype))
     return _Carry(
@@ -206,4 +214,6 @@ def _sums(plan: _Plan, z: Float[Array, "N V"], targets: Int[Array, "N"]) -> Sums
     below = z - maximum[:, None]
     e = jnp.exp(below)
     shifted = jnp.sum(times_log(e, below), axis=1) if "entropy" in plan.outputs else None
-    return Sums(maximum, jnp.sum(e, axis=1), shifted, target_logit(z, targets))
+    squares = jnp.sum(e**2, axis=1) if "log_sum_squares" in plan.outputs else None
+    argmax = jnp.argmax(z, axis=1).astype(jnp.int32) if "argmax" in plan.outputs else None
+    return Sums(maximum, jnp.sum(e, axis=1), shifted, target_logit(z, targets), squares, argmax)

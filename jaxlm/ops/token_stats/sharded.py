@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.ops.token_stats.contract import (
+    Options,
     Output,
     TokenStats,
     blank,
+    check_options,
     check_outputs,
     check_shapes,
-    check_soft_cap,
-    check_temperature,
+    of_tokens,
     silence,
 )
 from jaxlm.ops.token_stats.tiled import tiled
@@ -28,7 +29,7 @@ from jaxlm.typing import Array, Bool, Float, Int
 def token_stats_sharded(
     hidden: Float[Array, "B T D"],
     unembed: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T *K"],
     *,
     mesh: Mesh,
     token_axes: tuple[Any, Any],
@@ -38,6 +39,8 @@ def token_stats_sharded(
     bias: Float[Array, "V"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
     soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
     outputs: Collection[Output] = ("logprob", "entropy"),
 ) -> TokenStats:
     """`token_stats` on a mesh: value and gradient are those of one device.
@@ -57,35 +60,35 @@ def token_stats_sharded(
     accumulator added.
     """
     targets = jnp.asarray(targets)
-    check_shapes(hidden, unembed, targets, mask=mask, bias=bias)
+    check_shapes(hidden, unembed, targets, mask=mask, bias=bias, several=True)
     _check_split(mesh, "vocab_axis", vocab_axis, "vocabulary", unembed.shape[0])
     for name, axes, size in zip(("B", "T"), token_axes, targets.shape):
         _check_split(mesh, "token_axes", axes, name, size)
     _check_split(mesh, "width_axis", width_axis, "width", unembed.shape[1])
     if width_axis is not None and not any(width_axis in _names(axes) for axes in token_axes):
         raise ValueError(f"width_axis={width_axis!r}: expected one of token_axes, found {token_axes}")
-    soft_cap, outputs = check_soft_cap(soft_cap), check_outputs(outputs)
+    outputs = check_outputs(outputs)
+    options = check_options(
+        unembed, bias=bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, valid_vocab=valid_vocab
+    )
 
     def local(hidden, unembed, targets, mask, bias, temperature):
         start = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * unembed.shape[0]
         stats = tiled(
             hidden.reshape(-1, hidden.shape[-1]),
             unembed,
-            targets.reshape(-1) - start,
+            targets.reshape(-1, *targets.shape[2:]) - start,
             mask=None if mask is None else mask.reshape(-1),
-            bias=bias,
-            temperature=temperature,
-            soft_cap=soft_cap,
             outputs=outputs,
             axis=vocab_axis,
             width_axis=width_axis,
+            **Options(bias, temperature, options.soft_cap)._asdict(),
         )
-        return jax.tree.map(lambda x: x.reshape(targets.shape), stats)
+        return of_tokens(stats, targets.shape[:2])
 
     tokens, vocab, table = P(*token_axes), P(vocab_axis), P(vocab_axis, width_axis)
     run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, table, tokens, tokens, vocab, P()), out_specs=tokens)
-    stats = run(blank(hidden, mask), unembed, targets, mask, bias, check_temperature(temperature))
-    return silence(stats, mask)
+    return silence(run(blank(hidden, mask), unembed, targets, mask, options.bias, options.temperature), mask)
 
 
 def _names(axes: Any) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ from jaxlm.ops.token_stats.head import (
     activate,
     finish,
     in_vocabulary,
-    is_target,
     logit_gradient,
     product,
     project,
@@ -73,7 +72,7 @@ class _Plan(NamedTuple):
 def tiled(
     hidden: Float[Array, "N D"],
     unembed: Float[Array, "V W"],
-    targets: Int[Array, "N"],
+    targets: Int[Array, "N *K"],
     *,
     mask: Bool[Array, "N"] | None = None,
     bias: Float[Array, "V"] | None,
@@ -99,6 +98,8 @@ def tiled(
     everything after is float32 (float64 under x64); the gradient of the logits is rounded to the dtype of hidden for
     the two products that consume it.
     """
+    if kernel is not None and (what := beyond_kernels(targets, outputs)):
+        raise ValueError(f"{kernel}: gives no {what}; use implementation='tiled'")
     num_tokens = hidden.shape[0]
     rows = min(rows or default_rows(num_tokens, masked=mask is not None), max(num_tokens, 1))
     block = block or default_block(rows)
@@ -110,6 +111,12 @@ def tiled(
     tiles = jax.tree.map(lambda x: in_tiles(take(x, kept.order), rows), (hidden, targets))
     stats = _run(plan, tiles, unembed, bias, temperature, kept.number)
     return jax.tree.map(lambda x: take(x[:num_tokens], kept.back), stats)
+
+
+def beyond_kernels(targets: Int[Array, "N *K"], outputs: tuple[Output, ...]) -> str | None:
+    """What is asked for that the kernels do not give, or None."""
+    lacking = sorted({"argmax", "log_sum_squares"}.intersection(outputs))
+    return " and ".join(lacking) or ("several targets of a token" if targets.ndim > 1 else None)
 
 
 def _run(
@@ -139,7 +146,7 @@ def default_rows(num_tokens: int, *, masked: bool) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stats(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, ""] | None) -> TokenStats:
+def _stats(plan: _Plan, head: Head, targets: Int[Array, "N *K"], count: Int[Array, ""] | None) -> TokenStats:
     return _stats_fwd(plan, head, targets, count)[0]
 
 
@@ -148,14 +155,14 @@ def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
     sums = (_streamed if plan.kernel is None else _in_kernel)(plan, head, targets, count)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
-        sums, known = _join(sums, known, plan.axis)
+        sums, known = _join(sums, known, plan.axis, vocab)
     stats, log_total, shift = finish(sums, known, plan.outputs)
     return stats, (head, targets, count, known, sums.maximum, log_total, shift)
 
 
 def _streamed(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
     step = partial(_accumulate, plan, head, targets, count)
-    return _over_vocabulary(step, _empty_sums(plan, head), head.unembed.shape[0], plan.block)
+    return _over_vocabulary(step, _empty_sums(plan, head, targets), head.unembed.shape[0], plan.block)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -179,13 +186,15 @@ def _in_kernel_jvp(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Sums, 
     return jax.jvp(lambda head: _streamed(plan, head, targets, count), (head,), (tangents[0],))
 
 
-def _empty_sums(plan: _Plan, head: Head) -> Sums:
+def _empty_sums(plan: _Plan, head: Head, targets: Array) -> Sums:
     zeros = _zeros(head.hidden.shape[:1], wide_dtype(head), head.hidden)
     return Sums(
         maximum=zeros + jnp.finfo(zeros.dtype).min,
         exp=zeros,
         shifted=zeros if "entropy" in plan.outputs else None,
-        target=zeros if "logprob" in plan.outputs else None,
+        target=_zeros(targets.shape, zeros.dtype, head.hidden) if "logprob" in plan.outputs else None,
+        squares=zeros if "log_sum_squares" in plan.outputs else None,
+        argmax=_zeros(zeros.shape, jnp.int32, head.hidden) if "argmax" in plan.outputs else None,
     )
 
 
@@ -200,7 +209,8 @@ def _accumulate(
         return Head(_rows(head.hidden, plan, t), unembed, bias, head.temperature)
 
     def add(sums: Sums, block: Head, t: Array | int) -> Sums:
-        found = _more(plan, block, _rows(targets, plan, t) - start, jax.tree.map(lambda x: _rows(x, plan, t), sums))
+        before = jax.tree.map(lambda x: _rows(x, plan, t), sums)
+        found = _more(plan, block, _rows(targets, plan, t) - start, before, start)
         return jax.tree.map(lambda whole, part: _put(whole, part, plan, t), sums, found)
 
     return over_tiles(tile, add, sums, num_tiles=len(targets) // plan.rows, rows=plan.rows, count=count)
@@ -212,11 +222,12 @@ def _block(plan: _Plan, head: Head, start: Array | int, width: int) -> Float[Arr
     return rows if plan.width_axis is None else jax.lax.all_gather(rows, plan.width_axis, axis=1, tiled=True)
 
 
-def _more(plan: _Plan, head: Head, targets: Array, sums: Sums) -> Sums:
-    """The sums of a tile with its block of the vocabulary added."""
+def _more(plan: _Plan, head: Head, targets: Array, sums: Sums, start: Array | int) -> Sums:
+    """The sums of a tile with its block of the vocabulary added, whose first entry is `start`."""
     z = activate(project(head, 0, head.unembed.shape[0]), head, plan.soft_cap)
     # The results do not depend on the shift, so neither do their derivatives.
-    maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, z.max(axis=1)))
+    highest = z.max(axis=1)
+    maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, highest))
     below = z - maximum[:, None]
     e = jnp.exp(below)
     fall = jnp.where(sums.exp > 0, sums.maximum - maximum, 0)
@@ -227,7 +238,13 @@ def _more(plan: _Plan, head: Head, targets: Array, sums: Sums) -> Sums:
     target = sums.target
     if target is not None:
         target = target + target_logit(z, targets)
-    return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target)
+    squares = sums.squares
+    if squares is not None:
+        squares = rescale**2 * squares + jnp.sum(e**2, axis=1)
+    argmax = sums.argmax
+    if argmax is not None:
+        argmax = jnp.where(highest > sums.maximum, jnp.argmax(z, axis=1) + start, argmax).astype(argmax.dtype)
+    return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target, squares, argmax)
 
 
 def _rows(x: Array, plan: _Plan, t: Array | int) -> Array:
@@ -239,8 +256,9 @@ def _put(whole: Array, part: Array, plan: _Plan, t: Array | int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, t * plan.rows, axis=0)
 
 
-def _join(sums: Sums, known: Bool[Array, "N"], axis: str) -> tuple[Sums, Bool[Array, "N"]]:
-    """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each."""
+def _join(sums: Sums, known: Bool[Array, "N *K"], axis: str, vocab: int) -> tuple[Sums, Bool[Array, "N *K"]]:
+    """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each, and one pmin for
+    the argmax. vocab: entries of a shard."""
     maximum = jax.lax.pmax(sums.maximum, axis)
     fall = sums.maximum - maximum
     weight = jnp.exp(fall)
@@ -249,17 +267,22 @@ def _join(sums: Sums, known: Bool[Array, "N"], axis: str) -> tuple[Sums, Bool[Ar
         parts["shifted"] = weight * (sums.shifted + fall * sums.exp)
     if sums.target is not None:
         parts["target"] = sums.target
+    if sums.squares is not None:
+        parts["squares"] = weight**2 * sums.squares
     parts = jax.lax.psum(parts, axis)
     known = parts.pop("known") > 0
+    if sums.argmax is not None:  # the first of those that have the maximum
+        entry = sums.argmax + jax.lax.axis_index(axis) * vocab
+        parts["argmax"] = jax.lax.pmin(jnp.where(fall == 0, entry, jnp.iinfo(entry.dtype).max), axis)
     return sums._replace(maximum=maximum, **parts), known
 
 
 def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None, None]:
     head, targets, count, known, maximum, log_total, shift = residuals
     zeros = jnp.zeros_like(log_total)
-    g = zeros if cotangents.logprob is None else jnp.where(known, cotangents.logprob, 0)
+    g = jnp.zeros_like(known, zeros.dtype) if cotangents.logprob is None else jnp.where(known, cotangents.logprob, 0)
     s = zeros if cotangents.logsumexp is None else cotangents.logsumexp
-    row = Row(maximum, log_total, shift, g, s - g, cotangents.entropy)
+    row = Row(maximum, log_total, shift, g, s - (g if g.ndim == 1 else g.sum(axis=1)), cotangents.entropy)
     zero = partial(_zeros, like=head.hidden)
     carry = _Gradient(
         hidden=zero(head.hidden.shape, wide_dtype(head)),
@@ -324,7 +347,7 @@ def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> _Gradient:
     """The gradients of a tile of tokens and its block of the vocabulary, in float32."""
     width = head.unembed.shape[0]
     z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, width))
-    (du,) = pull(logit_gradient(row, z, is_target(targets, 0, width)))
+    (du,) = pull(logit_gradient(row, z, targets))
     narrow = du.astype(head.hidden.dtype)
     return _Gradient(
         hidden=product(head, narrow, head.unembed, ((1,), (0,))),
