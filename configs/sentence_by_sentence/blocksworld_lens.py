@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     config.stages = {name: config.stages[name] for name in ("cot", "contextual")}
     config.latents = config.latents[:1]
     config.curricula = ()
+    config.lens = 24
     return config

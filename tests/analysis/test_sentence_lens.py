@@ -98,6 +98,8 @@ def test_a_browser_shows_the_grid_that_the_address_names(tmp_path, browse):
     assert cells == ["first 00", "first 01", "first 10", "first 11", "first 20", "first 21"]
     assert re.findall(r'<td[^>]*class="gold"[^>]*>([^<]*)</td>', plain) == ["first 01"]
     normed = browse(f"file://{path}#question=2&norm=1", "--dump-dom")
+    shares = re.findall(r"<th[^>]*>(\d+) %</th>", plain)
+    assert shares == ["0", "33"]  # of the two questions' three steps each, one cell of the second layer
     assert "normed second 21</td>" in normed and "<title>Lens</title>" in normed  # and not 1
     assert "&lt;img" in normed and "<img" not in normed
 
