@@ -25,6 +25,7 @@ from jaxlm.ops.token_stats.contract import (
     silence,
 )
 from jaxlm.ops.token_stats.dense import dense, from_logits
+from jaxlm.ops.token_stats.divergence import token_kl
 from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.one_pass import one_pass_nll
 from jaxlm.ops.token_stats.sharded import token_stats_sharded
@@ -35,6 +36,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "TokenStats",
     "one_pass_nll",
+    "token_kl",
     "token_stats",
     "token_stats_from_logits",
     "token_stats_sharded",

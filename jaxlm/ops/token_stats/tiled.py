@@ -162,7 +162,7 @@ def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
 
 def _streamed(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
     step = partial(_accumulate, plan, head, targets, count)
-    return _over_vocabulary(step, _empty_sums(plan, head, targets), head.unembed.shape[0], plan.block)
+    return over_vocabulary(step, _empty_sums(plan, head, targets), head.unembed.shape[0], plan.block)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -290,7 +290,7 @@ def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Hea
         bias=None if head.bias is None else zero(head.bias.shape, head.bias.dtype),
     )
     step = partial(_backpropagate, plan, head, targets, row, count)
-    grad = _over_vocabulary(step, carry, head.unembed.shape[0], plan.block)
+    grad = over_vocabulary(step, carry, head.unembed.shape[0], plan.block)
     temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
     return Head(grad.hidden.astype(head.hidden.dtype), grad.unembed, grad.bias, temperature), None, None
 
@@ -356,7 +356,7 @@ def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> _Gradient:
     )
 
 
-def _over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: int) -> Any:
+def over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: int) -> Any:
     """Carries `step(carry, start, width)` over all blocks; the ragged last one is narrower, never padded."""
     # Under a second differentiation a block is recomputed; in the first it makes no difference.
     step = jax.checkpoint(step, static_argnums=(2,))
