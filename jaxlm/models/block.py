@@ -13,7 +13,7 @@ from jaxlm.models.config import DecoderConfig
 from jaxlm.models.rotary import Rotation
 from jaxlm.models.spec import Param, Spec, normal, ones, zeros
 from jaxlm.ops import rope
-from jaxlm.ops.attention import attention, reference
+from jaxlm.ops.attention import attention, reference, spread
 from jaxlm.typing import Array, Constrain, Float, Int, Key, Params
 
 INIT_STDDEV = 0.02
@@ -163,6 +163,9 @@ def _attend(q: Array, k: Array, v: Array, index: Array, *, kind: str, c: Context
         soft_cap=cfg.attention_soft_cap,
     )
     if c.keys is None and "attention_probs" not in c.collect:
+        parts = spread.parts_of(c.constrain)
+        if q.shape[1] == k.shape[1] and spread.fits(q.shape[1], parts):
+            return spread.attention(attention, q, k, v, parts=parts, constrain=c.constrain, **where), None
         return attention(q, k, v, in_order=c.in_order, **where), None
     probs = reference.probabilities(q, k, **where)
     dropped = layers.dropout(probs, cfg.dropout, c.keys, NUM_SITES * index + ATTENTION_SITE)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxlm.sharding.rules import RULES, MeshAxes, batch_parts, batch_sharding, partition_spec
+from jaxlm.sharding.rules import RULES, MeshAxes, batch_parts, batch_sharding, mesh_axes, partition_spec
 from jaxlm.typing import Array, Batch, Constrain
 
 
 def make_constrain(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Constrain:
     """The function that pins an activation to the mesh by its logical axes; the identity on one device."""
-    if mesh.size == 1:
-        return _identity
-
-    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules)))
-
-    return constrain
+    return _Pin(mesh, rules)
 
 
-def _identity(x: Array, axes: tuple[str | None, ...]) -> Array:
-    return x
+@dataclasses.dataclass(frozen=True)
+class _Pin:
+    mesh: Mesh
+    rules: Mapping[str, MeshAxes]
+
+    def __call__(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes, self.rules)))
+
+    @property
+    def length_parts(self) -> int:
+        """Over how many devices a row is split."""
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(self.rules["length"]))
 
 
 def check_batch(mesh: Mesh, *, batch_size: int, num_microbatches: int = 1, sequence_length: int) -> None:

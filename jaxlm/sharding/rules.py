@@ -26,6 +26,7 @@ RULES: Mapping[str, MeshAxes] = {
     "batch": ("slice", "data", "fsdp"),
     "batch_replicas": ("slice", "data"),  # of activations whose width is still split as parameters are
     "length": "sequence",
+    "batch_length": ("slice", "data", "fsdp", "sequence"),  # rows and parts of their length as one axis
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",

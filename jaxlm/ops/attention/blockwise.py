@@ -198,9 +198,9 @@ def _bounds(plan: _Plan, queries: _Where, keys: _Where) -> tuple[Int[Array, "I"]
     """For each block of queries the first block of keys of which it sees anything, and the one after the last."""
 
     def row(where: _Where) -> Array:
-        return jax.lax.map(lambda other: jnp.any(_mask(plan, where, other)), keys)
+        return jax.lax.map(lambda other: jnp.any(_mask(plan, where, other), axis=(1, 2)), keys)
 
-    seen = jax.lax.map(row, queries)
+    seen = jax.lax.map(row, queries).any(axis=2)  # over rows at last: they may lie on other devices
     index = jnp.arange(seen.shape[1], dtype=jnp.int32)
     return jnp.where(seen, index, len(index)).min(axis=1), jnp.where(seen, index + 1, 0).max(axis=1)
 
