@@ -19,7 +19,7 @@ def make_constrain(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Constra
     return _Pin(mesh, rules)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # so that it is hashable, as a static argument of jit must be
 class _Pin:
     mesh: Mesh
     rules: Mapping[str, MeshAxes]

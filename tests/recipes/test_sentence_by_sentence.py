@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm.data.errors import BadRow
 from jaxlm.data.sources import SourceConfig
@@ -56,8 +57,24 @@ def task(tmp_path_factory):
     return sentence_data.make_task(TASK, tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture
+def compiled_once(tmp_path):
+    """Programs are kept on disk: a recipe that is run again in this process does not compile them anew."""
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in changed}
+    for values in (changed, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changed:
+            yield
+
+
 @pytest.mark.slow
-def test_all_stages_run_and_started_again_they_go_on(tmp_path, monkeypatch):
+def test_all_stages_run_and_started_again_they_go_on(tmp_path, monkeypatch, compiled_once):
     rows = recipe.run(config(tmp_path / "run"))
     ours = [f"ours {how}" for how in (*WAYS, "continuous, classifier", "continuous, cosine")]
     hybrid = [f"hybrid {how}" for how in (*WAYS, "continuous, cosine")]
