@@ -1,9 +1,9 @@
-"""token_stats compiled for a TPU on a machine without one: that it compiles, and the temporary memory that it takes.
+"""token_stats compiled for a chip that is not here: that it compiles, and the temporary memory that it takes.
 
 No time is given: the compiler's cost model counts the body of a loop once, and what it says of one block is of no use
 (for gradients of 8192 x 4096 x 131072 on v5e it is negative).
 
-Needs libtpu (pip install 'jaxlm[tpu]').
+Needs libtpu (pip install 'jaxlm[tpu]'), or for a GPU Python 3.12 and its compiler (pip install 'jaxlm[cuda]').
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.ops.platform import compiling_for
 from jaxlm.ops.token_stats import token_stats
-from jaxlm.sharding.topology import tpu_devices
+from jaxlm.sharding.topology import devices_of
+
+KERNELS = {"tpu": "pallas_tpu", "cuda": "mosaic_gpu", "gpu": "mosaic_gpu"}
+CALLS = ("tpu_custom_call", "mosaic_gpu")
 
 
 class Compiled(NamedTuple):
@@ -34,17 +37,17 @@ class Compiled(NamedTuple):
 
 def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
     """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
-    device = tpu_devices(topology)[0]
-    for implementation in ("tiled", "pallas_tpu"):
+    device = devices_of(topology)[0]
+    for implementation in ("tiled", KERNELS[device.platform]):
         for masked in (False, True):
             for direction in ("forward", "gradients"):
                 program = _program(implementation, direction, masked=masked)
                 compiled = _compile(program, device, num_tokens, width, vocab)
                 text = compiled.as_text()
-                yield Compiled(
-                    implementation, masked, direction, compiled.memory_analysis().temp_size_in_bytes,
-                    "tpu_custom_call" in text, f"[{num_tokens},{vocab}]" in text or f"[{vocab},{num_tokens}]" in text,
-                )  # fmt: skip
+                logits = any(f"[{a},{b}]" in text for a, b in ((num_tokens, vocab), (vocab, num_tokens)))
+                kernel = any(call in text for call in CALLS)
+                temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+                yield Compiled(implementation, masked, direction, temp_bytes, kernel, logits)
 
 
 def _program(implementation: str, direction: str, *, masked: bool) -> Callable[..., Any]:
@@ -65,7 +68,7 @@ def _compile(program: Callable[..., Any], device: Any, num_tokens: int, width: i
     shapes = [((num_tokens, width), jnp.bfloat16), ((vocab, width), jnp.bfloat16), ((num_tokens,), jnp.int32)]
     place = SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(*x, sharding=place) for x in (*shapes, ((num_tokens,), jnp.bool_))]
-    with compiling_for("tpu"):
+    with compiling_for("gpu" if device.platform == "cuda" else device.platform):
         return jax.jit(program).lower(*arguments).compile()
 
 

@@ -2,6 +2,7 @@
 
   jaxlm bench imports                     what importing a loss costs beside importing jax
   jaxlm bench token_stats                 the hot path against log_softmax on materialised logits
+  jaxlm bench attention                   every implementation of attention against that of jax.nn
   jaxlm bench train --versus torch        a training step against the same model in PyTorch
   jaxlm bench dpo --versus trl            a DPO step against TRL's DPOTrainer, and the peak memory of both
   jaxlm bench encode --model … --texts …  sentence vectors against sentence-transformers
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("imports", "token_stats", "train", "dpo", "encode", "latent", "pretrain", "chaos")
+BENCHMARKS = ("imports", "token_stats", "attention", "train", "dpo", "encode", "latent", "pretrain", "chaos")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

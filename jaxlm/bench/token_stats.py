@@ -4,7 +4,7 @@
     jaxlm bench token_stats --dtype bfloat16 --json out.json
     jaxlm bench token_stats --tokens 8192 --width 4096 --vocab 131072 --dtype bfloat16 --weights bfloat16 --versus torch
     jaxlm bench token_stats --only tiled one_pass --plot out.png
-    jaxlm bench token_stats --compile-for v5e:2x2 --tokens 8192 --width 4096 --vocab 131072
+    jaxlm bench token_stats --compile-for v5e:2x2 --tokens 8192 --width 4096 --vocab 131072       (or h200:1x1)
 
 The candidates take turns in one process; compare the column "speed-up", not the times of two runs. TFLOP/s count the
 products that a candidate needs: 2NDV forward; with gradients 6NDV dense and one_pass, 8NDV tiled, which computes the
@@ -14,8 +14,9 @@ products of the same dtype, which take their turn too. Where tokamax is installe
 cut-cross-entropy: these rivals give no entropy; temporary memory of PyTorch's is what its allocator saw, the gradients
 included.
 
---compile-for needs no TPU: it compiles `tiled` and `pallas_tpu` for a chip of the named slice, in bfloat16, and shows
-the temporary memory (pip install 'jaxlm[tpu]'). What was measured where is in jaxlm/ops/token_stats/BENCHMARKS.md.
+--compile-for needs no accelerator: it compiles `tiled` and the kernel for a chip of the named kind, in bfloat16, and
+shows the temporary memory (pip install 'jaxlm[tpu]', or 'jaxlm[cuda]' on Python 3.12). What was measured where is in
+jaxlm/ops/token_stats/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 
 from jaxlm.bench import ahead, token_stats_torch
-from jaxlm.bench.interleave import interleave, medians
+from jaxlm.bench.measurement import Measurement, compare, plot, table
 from jaxlm.ops.token_stats import one_pass_nll, token_stats
 from jaxlm.typing import Array, Float, Int
 
@@ -49,20 +49,6 @@ class Problem(NamedTuple):
     hidden: Float[Array, "N D"]
     unembed: Float[Array, "V D"]
     targets: Int[Array, "N"]
-
-
-class Measurement(NamedTuple):
-    """One line of the table."""
-
-    direction: str
-    candidate: str
-    time_s: float
-    speedup: float
-    tflop_per_s: float
-    peak_share: float
-    temp_bytes: int
-    temp_ratio: float
-    max_error: float
 
 
 def make_problem(
@@ -146,7 +132,6 @@ PRODUCTS: dict[str, dict[str, float]] = {
     "forward+backward": {"tiled": 4, "tiled+entropy": 4, "half": 2, "mosaic_gpu": 4, "tokamax": 4},
 }
 """Products of N D V each, 2 FLOP an entry, where they are not 1 forward and 3 with gradients."""
-PEAK = "square products"
 
 
 def candidates(problem: Problem, only: Sequence[str] = ()) -> dict[str, LogProb]:
@@ -158,18 +143,6 @@ def candidates(problem: Problem, only: Sequence[str] = ()) -> dict[str, LogProb]
     if unknown:
         raise ValueError(f"--only: expected some of {', '.join(found)}; found {', '.join(unknown)}")
     return {name: f for name, f in found.items() if not only or name in (BASELINE, *only)}
-
-
-def peak_product(dtype: Any) -> tuple[Callable[[], Array], float]:
-    """A chain of square products, and its FLOP: long enough that their start does not count."""
-    side, count = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
-    x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
-
-    @jax.jit
-    def chain(x: Array) -> Array:
-        return jax.lax.fori_loop(0, count, lambda _, y: y @ x, x)
-
-    return partial(chain, x), 2.0 * count * side**3
 
 
 def with_gradients(candidate: LogProb) -> LogProb:
@@ -209,26 +182,17 @@ def measure(
         for name, rival in token_stats_torch.rivals(*problem, gradients=gradients).items():
             calls[name], products[name] = rival.call, rival.products[direction]
             temps[name] = token_stats_torch.measured_temp_bytes(rival.call)
-    peak, peak_flop = peak_product(problem.hidden.dtype)
-    times = medians(interleave(calls | {PEAK: peak}, rounds=rounds))
     (tokens, width), vocab = problem.hidden.shape, problem.unembed.shape[0]
-    lines = []
-    for name, call in calls.items():
-        rate = 2 * products[name] * tokens * width * vocab / times[name]
-        lines.append(
-            Measurement(
-                direction=direction,
-                candidate=name,
-                time_s=times[name],
-                speedup=times[BASELINE] / times[name],
-                tflop_per_s=rate / 1e12,
-                peak_share=rate / (peak_flop / times[PEAK]),
-                temp_bytes=temps[name],
-                temp_ratio=temps[name] / temps[BASELINE],
-                max_error=_error(name, call(), truth, is_loss=name not in compiled),
-            )
-        )
-    return lines
+    return compare(
+        direction,
+        calls,
+        baseline=BASELINE,
+        rounds=rounds,
+        dtype=problem.hidden.dtype,
+        flop={name: 2.0 * products[name] * tokens * width * vocab for name in calls},
+        temp_bytes=temps,
+        error=lambda name, result: _error(name, result, truth, is_loss=name not in compiled),
+    )
 
 
 def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bool) -> float:
@@ -239,38 +203,6 @@ def _error(name: str, result: Any, truth: Float[np.ndarray, "R"], *, is_loss: bo
     logprob = (-1 if is_loss else 1) * first[: len(truth)].astype(np.float64)
     kept = slice(None, None, 2) if name == "half" else slice(None)
     return float(np.abs(logprob - truth)[kept].max())
-
-
-def table(lines: list[Measurement]) -> str:
-    """The measurements as a person reads them."""
-    names = ("ms", "speed-up", "TFLOP/s", "of peak", "temp MiB", "ratio", "max error")
-    head = f"{'':17}{'candidate':20}" + "".join(f"{name:>{w}}" for name, w in zip(names, (9, 10, 9, 9, 10, 8, 11)))
-    rows = [
-        f"{m.direction:17}{m.candidate:20}{m.time_s * 1e3:9.1f}{m.speedup:10.2f}{m.tflop_per_s:9.3g}{m.peak_share:9.0%}"
-        f"{m.temp_bytes / 2**20:10.1f}{m.temp_ratio:8.3f}{m.max_error:11.1e}"
-        for m in lines
-    ]
-    return "\n".join([head, *rows])
-
-
-def plot(lines: list[Measurement], path: Path, *, title: str) -> None:
-    """Time and temporary memory of every candidate: a row of bars for each direction."""
-    directions = list(dict.fromkeys(m.direction for m in lines))
-    figure = matplotlib.figure.Figure(figsize=(11, 0.5 + 0.35 * len(lines)), layout="constrained")
-    figure.suptitle(title)
-    for row, direction in enumerate(directions):
-        found = [m for m in lines if m.direction == direction]
-        for column, (what, values) in enumerate(
-            {"ms": [m.time_s * 1e3 for m in found], "temporary MiB": [m.temp_bytes / 2**20 for m in found]}.items()
-        ):
-            axes = figure.add_subplot(len(directions), 2, 2 * row + column + 1)
-            bars = axes.barh([m.candidate for m in found], values, color="tab:blue" if column == 0 else "tab:gray")
-            axes.bar_label(bars, [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in values], padding=3)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
-            axes.set(title=direction, xlabel=what)
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 def run(
@@ -295,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--versus", choices=["torch", "none"], default="none", help="rivals (default: none)")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"these, beside {BASELINE} and rivals")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median counts (default %(default)s)")
-    parser.add_argument("--compile-for", metavar="TOPOLOGY", help="a TPU slice to compile for instead, as v5e:2x2")
+    parser.add_argument("--compile-for", metavar="TOPOLOGY", help="compile instead, for v5e:2x2, h200:1x1, …")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the measurements to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw them, into this .png, .svg or .pdf")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -138,3 +142,22 @@ def test_it_is_chosen_on_one_hopper_gpu(monkeypatch):
     assert module._best("gpu", Head(hidden, unembed, None, None), 30.0) == "tiled"
     monkeypatch.setattr(module, "_one_hopper", lambda: False)
     assert module._best("gpu", Head(hidden, unembed, None, None), None) == "tiled"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jaxlm[cuda], on Python 3.12")
+@pytest.mark.parametrize("topology", ["h100:1x1", "h200:1x1"])
+def test_it_compiles_for_cards_that_are_not_here_and_holds_no_logits(topology, tmp_path):
+    n, d, v = 2048, 1024, 151_936
+    size = f"--tokens {n} --width {d} --vocab {v} --json {tmp_path / 'out.json'}".split()
+    command = [sys.executable, "-m", "jaxlm.cli", "bench", "token_stats", "--compile-for", topology, *size]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())["programs"]
+    assert len(found) == 8
+    for program in found:
+        assert program["kernel"] == (program["implementation"] == "mosaic_gpu"), program
+        assert not program["logits"], program
+        # Workspace, beyond the float32 gradients and the tokens that were moved.
+        held = (4 * n * d + 4 * v * d) * (program["direction"] == "gradients") + 4 * n * d * program["masked"]
+        assert program["temp_bytes"] <= (512 << 20) + held, program
