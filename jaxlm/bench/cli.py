@@ -8,6 +8,7 @@
   jaxlm bench encode --model … --texts …  sentence vectors against sentence-transformers
   jaxlm bench latent --versus torch       a step of the sentence-space model against a PyTorch loop
   jaxlm bench pretrain --config …         whole runs against a plain PyTorch loop, in held-out bits per byte
+  jaxlm bench pod                         several processes on this machine against one with the same cores
   jaxlm bench chaos --kills 5             a pod on this machine whose processes are killed: the same parameters?
 
 Rivals run in one process, in rotating order; what counts is the ratio of medians. `jaxlm bench NAME --help` for more.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("imports", "token_stats", "attention", "train", "dpo", "encode", "latent", "pretrain", "chaos")
+BENCHMARKS = ("imports", "token_stats", "attention", "train", "dpo", "encode", "latent", "pretrain", "pod", "chaos")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,11 @@ from jaxlm.typing import Array, Batch, Constrain
 
 def make_constrain(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Constrain:
     """The function that pins an activation to the mesh by its logical axes; the identity on one device."""
-    return _Pin(mesh, rules)
+    return _identity if mesh.size == 1 else _Pin(mesh, rules)
+
+
+def _identity(x: Array, axes: tuple[str | None, ...]) -> Array:
+    return x
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # so that it is hashable, as a static argument of jit must be
@@ -25,8 +29,6 @@ class _Pin:
     rules: Mapping[str, MeshAxes]
 
     def __call__(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        if self.mesh.size == 1:
-            return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes, self.rules)))
 
     @property
