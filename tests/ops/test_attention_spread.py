@@ -18,6 +18,8 @@ from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import make_constrain, shard_batch
 
 LENGTH = 1024
+MORE = (dict(tensor=2, sequence=4), dict(data=2, sequence=2))
+MESHES = [dict(fsdp=2, sequence=4), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)]
 
 
 def operands(rows=2, heads=4, kv_heads=2, dim=8):
@@ -28,7 +30,7 @@ def operands(rows=2, heads=4, kv_heads=2, dim=8):
     return q, k, v, jnp.asarray(segments), jnp.broadcast_to(jnp.arange(LENGTH), (rows, LENGTH))
 
 
-@pytest.mark.parametrize("config", [dict(fsdp=2, sequence=4), dict(tensor=2, sequence=4), dict(data=2, sequence=2)])
+@pytest.mark.parametrize("config", MESHES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 200}, {"soft_cap": 2.0, "packed": True}], ids=str)
 def test_values_and_gradients_are_those_of_one_device(config, options):
     mesh = make_mesh(MeshConfig(**{"data": 1} | config), devices=jax.devices()[: int(np.prod([*config.values()]))])

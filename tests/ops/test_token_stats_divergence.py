@@ -61,6 +61,7 @@ def test_value_and_gradient_in_both_heads(small_blocks, v):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, want)
 
 
+@pytest.mark.slow
 def test_twice_differentiated_and_mapped(small_blocks):
     with jax.enable_x64(True):
         p, q = heads()

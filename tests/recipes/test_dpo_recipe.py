@@ -118,6 +118,7 @@ def test_checkpoints_of_adapters_hold_adapters_alone(whole):
         assert bool((merged[path] != x).any()) == path.endswith("/kernel"), path
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_saved_only_where_they_move(whole):
     assert not any(leaf.startswith("frozen/") for leaf in manifest(whole("lora_live")[0]))
     assert any(leaf.startswith("frozen/") for leaf in manifest(whole("sync_every")[0]))

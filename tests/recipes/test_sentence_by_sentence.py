@@ -188,6 +188,7 @@ def test_batches_are_no_wider_than_their_longest_row(task):
     np.testing.assert_array_equal(fitted.extra["ends"].max(axis=1), rows.extra["ends"].max(axis=1))
 
 
+@pytest.mark.slow
 def test_vectors_of_a_frozen_stage_are_those_of_every_batch(task, tmp_path):
     stages = Stages(config(tmp_path), task)
     params, rows = specs.init(jax.random.key(0), decoder.spec(MODEL)), task.rows["train"]
