@@ -93,7 +93,7 @@ def gradients(implementation, arrays, mask=None):
         stats = token_stats(
             hidden, unembed, targets, mask=mask, temperature=0.7, outputs=ALL, implementation=implementation
         )
-        return sum(jnp.sum(jnp.sin(jnp.arange(len(hidden)) + i) * x) for i, x in enumerate(stats))
+        return sum(jnp.sum(jnp.sin(jnp.arange(len(hidden)) + i) * x) for i, x in enumerate(jax.tree.leaves(stats)))
 
     return total, jax.jit(jax.grad(total, (0, 1)))(hidden, unembed)
 
@@ -136,12 +136,15 @@ def test_what_it_cannot_do_is_refused(options, match):
 
 def test_it_is_chosen_on_one_hopper_gpu(monkeypatch):
     module = sys.modules[function.__module__]
-    hidden, unembed, _ = problem(8, 64)
+    hidden, unembed, targets = problem(8, 64)
     monkeypatch.setattr(module, "_one_hopper", lambda: True)
-    assert module._best("gpu", Head(hidden, unembed, None, None), None) == "mosaic_gpu"
-    assert module._best("gpu", Head(hidden, unembed, None, None), 30.0) == "tiled"
+    plain = Head(hidden, unembed, None, None), None, targets, ("logprob", "entropy")
+    assert module._best("gpu", *plain) == "mosaic_gpu"
+    assert module._best("gpu", plain[0], 30.0, *plain[2:]) == "tiled"
+    assert module._best("gpu", *plain[:3], ("logprob", "argmax")) == "tiled"
+    assert module._best("gpu", *plain[:2], targets[:, None], plain[3]) == "tiled"
     monkeypatch.setattr(module, "_one_hopper", lambda: False)
-    assert module._best("gpu", Head(hidden, unembed, None, None), None) == "tiled"
+    assert module._best("gpu", *plain) == "tiled"
 
 
 @pytest.mark.slow
