@@ -95,7 +95,10 @@ def shell_line(command: Sequence[str], variables: dict[str, str]) -> str:
 def start(
     command: Sequence[str], *, processes: int, devices: int, out: TextIO | None = None
 ) -> list[Host]:
-    """All processes, with a thread each that writes their lines to `out` (None: what this process prints to)."""
+    """All processes, with a thread each that writes their lines to `out` (None: what this process prints to).
+
+    Each has its share of the cores (Linux), where there are as many: else all would start threads for every core.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,10 +108,20 @@ def start(
         process = Host(
             command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )
+        if cores := _share_of_cores(i, processes):
+            os.sched_setaffinity(process.pid, cores)
         process.printer = threading.Thread(target=_print_lines, args=(i, process, out or sys.stdout), daemon=True)
         process.printer.start()
         found.append(process)
     return found
+
+
+def _share_of_cores(process: int, processes: int) -> list[int]:
+    if processes == 1 or not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // processes
+    return cores[process * each : (process + 1) * each]
 
 
 def _print_lines(i: int, process: Host, out: TextIO) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -127,3 +128,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_parameters(tmp_path):
     assert main(["bench", "chaos", "--kills", "2", "--steps", "40", "--seed", "1", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["same"] and found["kills"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux alone says which cores a process may use")
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 1, 2, 3, 0})
+    assert [pod._share_of_cores(i, 2) for i in range(2)] == [[0, 1], [2, 3]]
+    assert pod._share_of_cores(0, 1) == [] and pod._share_of_cores(5, 6) == []
