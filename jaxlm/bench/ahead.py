@@ -38,6 +38,8 @@ class Compiled(NamedTuple):
 def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
     """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
     device = devices_of(topology)[0]
+    if device.platform not in KERNELS:
+        raise ValueError(f"--compile-for {topology}: expected a TPU or a GPU, as v5e:2x2 or h200:1x1")
     for implementation in ("tiled", KERNELS[device.platform]):
         for masked in (False, True):
             for direction in ("forward", "gradients"):

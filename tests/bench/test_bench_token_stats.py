@@ -79,3 +79,10 @@ def test_rivals_of_a_gpu_are_refused_without_one_before_anything_is_measured():
 
     with pytest.raises(ValueError, match="--versus torch (compares on a GPU|needs PyTorch)"):
         token_stats_torch.check_available()
+
+
+def test_what_has_no_kernel_is_not_compiled_for():
+    from jaxlm.bench import ahead
+
+    with pytest.raises(ValueError, match="--compile-for cpu:8: expected a TPU or a GPU"):
+        next(ahead.compile_for("cpu:8", num_tokens=8, width=8, vocab=8))

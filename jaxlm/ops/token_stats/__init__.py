@@ -79,7 +79,8 @@ def token_stats(
     entries at all, where the others only fill it up; None: V. outputs: any of those above, each by its name.
     implementation: "tiled", "dense", "pallas_tpu" (a kernel for the forward pass on TPUs, interpreted elsewhere; no
     bias, no float64), "mosaic_gpu" (one for Hopper GPUs, bfloat16, no bias, no soft-cap), or None for the best one for
-    this platform and these arguments. The kernels take one target a token and give neither argmax nor log_sum_squares.
+    this platform and these arguments. The kernels take one target a token and give neither argmax nor log_sum_squares;
+    a valid_vocab below V is a bias to them.
 
     Result: `TokenStats`, each of the shape [...] (logprob: of targets) in nats, float32 (argmax: int32, the first of
     equal ones); None where not asked for, and free. logprob <= 0 and entropy >= 0 exactly. Differentiable in hidden,
