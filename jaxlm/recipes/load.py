@@ -14,8 +14,9 @@ from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.models.lora import LoraConfig
 from jaxlm.recipes.config import to_dataclass
+from jaxlm.train.bucket import in_bucket, on_this_machine
 from jaxlm.train.checkpoint import latest_step, load_params
-from jaxlm.train.record import FILE
+from jaxlm.train.record import FILE, checkpoints_of
 from jaxlm.typing import Params
 
 
@@ -31,10 +32,15 @@ class Loaded(NamedTuple):
 def load_model(folder: str | Path, *, step: int | None = None, tokenizer: str | None = None) -> Loaded:
     """The model in a run's folder (its newest checkpoint, or that of `step`) or in a Hugging Face folder.
 
+    The run's folder may be one in a bucket, gs://…, see `jaxlm.train.bucket`.
+
     tokenizer: in place of the one that the folder holds. Parameters that a run averaged (EMA) are the ones loaded;
     adapters come merged into their base.
     Raises ValueError if the folder is neither, or has no such checkpoint.
     """
+    if in_bucket(folder):
+        with on_this_machine(folder) as copy:
+            return load_model(copy, step=step, tokenizer=tokenizer)._replace(origin=str(folder))
     folder = Path(folder)
     if (folder / FILE).is_file():
         return _from_run(folder, step, tokenizer)
@@ -99,13 +105,14 @@ def _run_config(record: dict[str, Any]) -> DecoderConfig:
 
 def _checkpoint(folder: Path, spec: specs.Spec, record: dict[str, Any], step: int | None) -> tuple[Params, int]:
     """The parameters (averaged, where the run averaged them) of a step, the newest for None, on one device."""
-    step = latest_step(folder / "checkpoints") if step is None else step
+    checkpoints = checkpoints_of(folder)
+    step = latest_step(checkpoints) if step is None else step
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs.abstract(spec))
     ema = record["train"].get("ema_decay") is not None
-    return load_params(folder / "checkpoints", target, step=step, ema=ema), step
+    return load_params(checkpoints, target, step=step, ema=ema), step
 
 
 def _base(record: dict[str, Any], spec: specs.Spec) -> Params:

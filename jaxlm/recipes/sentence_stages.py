@@ -27,6 +27,7 @@ from jaxlm.recipes.wiring import averaged, initial_params, make_apply, train_par
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
 from jaxlm.sharding.rules import batch_parts, param_shardings
+from jaxlm.train.bucket import CHECKPOINTS, home
 from jaxlm.train.checkpoint import best_step, latest_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.latent import Vectors, make_answer_loss, make_latent_loss, make_sentence_loss, make_thoughts_loss
@@ -248,7 +249,8 @@ class Stages:
         """Trains a stage, or goes on with it, and gives the parameters of its best validation."""
         cfg, stage = self.cfg, way.stage
         rows, vectors = self.rows("train", skip=way.skip), {}
-        if latest_step(Path(cfg.run_dir) / way.name / "checkpoints") != stage.num_steps:  # there are batches to come
+        done = latest_step(home(f"{cfg.run_dir}/{way.name}", cfg.bucket) / CHECKPOINTS)
+        if done != stage.num_steps:  # there are batches to come
             vectors = {field: self.precomputed(name, kept[name], rows) for field, name in way.vectors.items()}
         run = self.configured(way, {name: fingerprint(kept[name]) for name in way.needs})
         train_parameters(
@@ -269,7 +271,7 @@ class Stages:
             init_from=None if way.needs else cfg.init_from, data=cfg.data,
             train=TrainConfig(
                 num_steps=stage.num_steps, log_every=20, eval_every=every, checkpoint_every=every,
-                best_metric=f"validation/{way.best}", best_mode="max", seed=cfg.seed,
+                best_metric=f"validation/{way.best}", best_mode="max", seed=cfg.seed, bucket=cfg.bucket,
             ),
             optim=OptimConfig(
                 learning_rate=stage.learning_rate, schedule="linear", warmup_steps=stage.warmup_steps,
@@ -295,7 +297,7 @@ class Stages:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             specs.abstract(spec), param_shardings(spec, self.mesh),
         )  # fmt: skip
-        folder = Path(run.run_dir) / "checkpoints"
+        folder = home(run.run_dir, run.train.bucket) / CHECKPOINTS
         return load_params(folder, shapes, step=best_step(folder, run.train.best_metric, run.train.best_mode))
 
     def rows(self, part: str, *, skip: int = 0) -> SentenceRows:

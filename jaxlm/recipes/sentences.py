@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxlm.data.sentences import SentenceConfig, Sentences, sentence_tokenizer
@@ -31,6 +32,7 @@ from jaxlm.recipes.wiring import averaged, say, train_parameters
 from jaxlm.sharding.mesh import MeshConfig, make_mesh
 from jaxlm.sharding.place import check_batch, make_constrain, shard_rows
 from jaxlm.sharding.rules import param_shardings
+from jaxlm.train.bucket import CHECKPOINTS, home
 from jaxlm.train.checkpoint import best_step, load_params
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.contrastive import make_encode
@@ -219,7 +221,7 @@ class Trainer:
         train_cfg, folder = self.cfg.train, Path(self.cfg.run_dir)
         step, out = 0, folder / "encoder"
         if jax.process_index() == 0:
-            step = best_step(folder / "checkpoints", train_cfg.best_metric, train_cfg.best_mode)
+            step = best_step(self.checkpoints(), train_cfg.best_metric, train_cfg.best_mode)
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         params = self.load(step)
         if jax.process_index() == 0:
@@ -228,13 +230,17 @@ class Trainer:
             say(f"encoder of step {step}: {out}")
         return out
 
+    def checkpoints(self) -> epath.Path:
+        """The folder of the run's checkpoints."""
+        return home(self.cfg.run_dir, self.cfg.train.bucket) / CHECKPOINTS
+
     def load(self, step: int) -> Params:
         """The parameters of a checkpoint (averaged, where the run averages them), whole on the first device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = specs.abstract(sentence_encoder.spec(self.model))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
         ema = self.cfg.train.ema_decay is not None
-        return load_params(Path(self.cfg.run_dir) / "checkpoints", target, step=step, ema=ema)
+        return load_params(self.checkpoints(), target, step=step, ema=ema)
 
 
 def make_scores(trainer: Trainer, sets: dict[str, Callable[[Encoder], dict[str, float]]]) -> Evaluate:

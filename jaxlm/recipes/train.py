@@ -13,6 +13,8 @@
 Every field of the config can be set as --config.group.field=value (a Python literal, or a string); an unknown field is
 an error that names the nearest ones. A run lives in config.run_dir: run.json (config, versions, mesh, data
 fingerprint), metrics.jsonl, TensorBoard events, checkpoints, loss.png. Started again, it resumes where it stopped.
+On machines whose disks go with them, --config.train.bucket=gs://name/prefix keeps the checkpoints, and copies of the
+small files, in <bucket>/<run_dir> (pip install 'jaxlm[gcs]').
 Exit status 75: stopped by a signal, saved, ready to resume.
 """
 
@@ -20,12 +22,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxlm.recipes.config import load_config, to_dataclass
 from jaxlm.recipes.runtime import Runtime, configure
 from jaxlm.recipes.shrink import num_devices
 from jaxlm.recipes.shrink import shrink as shrink_model
+from jaxlm.train.bucket import Copies, home
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +57,24 @@ def main(args: argparse.Namespace) -> int:
     if args.shrink:
         cfg = shrink(recipe, cfg)
         devices = devices or (num_devices(cfg.mesh) if hasattr(cfg, "mesh") else None)
+    bucket = bucket_of(cfg)
     configure(Runtime(simulated_devices=devices, debug=args.debug, jit=not args.no_jit))
     recipe.run(cfg)
+    if bucket is not None and jax.process_index() == 0:  # what the recipe has made since the last save, plots and all
+        Copies(Path(cfg.run_dir), home(cfg.run_dir, bucket)).update()
     return 0
+
+
+def bucket_of(cfg: Any) -> str | None:
+    """The bucket of a config, if it has one; ValueError where one cannot be reached or is in the wrong place."""
+    bucket: str | None = getattr(getattr(cfg, "train", cfg), "bucket", None)
+    if "://" in cfg.run_dir:
+        raise ValueError(
+            f"run_dir: expected a folder of this machine, found {cfg.run_dir}; for a bucket, set train.bucket: "
+            "checkpoints go there, and the small files are copied"
+        )
+    home(cfg.run_dir, bucket)
+    return bucket
 
 
 def shrink(recipe: Any, cfg: Any) -> Any:

@@ -26,6 +26,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm.train.bucket import folder as open_folder
+from jaxlm.train.bucket import in_bucket
 from jaxlm.train.manifest import MAX_LISTED, check, make_manifest
 from jaxlm.train.memory import rss_bytes
 from jaxlm.typing import Params
@@ -35,15 +37,16 @@ State = TypeVar("State")
 _log = logging.getLogger(__name__)
 _DELETED = ".deleted"
 _DAMAGED = ".damaged"
+_METADATA = "_CHECKPOINT_METADATA"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
     """Saves the states of one run and keeps the last few and the best.
 
-    directory: a local path, or a bucket such as gs://…; keep_last: how many of the newest steps to keep, >= 1;
+    directory: a local path, or a bucket's, gs://…; keep_last: how many of the newest steps to keep, >= 1;
     best_metric: name in the metrics given to `save` whose best step is kept too (None: no best); best_mode: whether
-    the lowest or the highest value is best.
+    the lowest or the highest value is best. beside: called in the background at every save, which fails if it does.
     """
 
     def __init__(
@@ -53,13 +56,15 @@ class Checkpoints:
         keep_last: int = 2,
         best_metric: str | None = None,
         best_mode: Literal["min", "max"] = "min",
+        beside: Callable[[], None] | None = None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last: expected at least 1, found {keep_last} (a run resumes the newest)")
-        self._directory = _folder(directory)
+        self._directory = open_folder(directory)
         self._keep_last = keep_last
         self._best_metric = best_metric
         self._sign = {"min": 1.0, "max": -1.0}[best_mode]
+        self._beside = beside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._scores: dict[int, float | None] = {}
@@ -131,6 +136,8 @@ class Checkpoints:
         return all_steps(self._directory)
 
     def _finish(self, step: int, response: ocp.AsyncResponse[Any], score: float | None, start: float) -> None:
+        if self._beside is not None:
+            self._beside()
         response.result()
         self._scores[step] = score
         seconds = time.perf_counter() - start
@@ -147,16 +154,15 @@ class Checkpoints:
         return self._sign * metrics[self._best_metric]
 
     def _delete(self, step: int) -> None:
-        # Renamed first: a kill in the middle must not leave half a step under a step's name.
-        doomed = self._directory / f"{step}{_DELETED}"
-        (self._directory / str(step)).rename(doomed)
-        doomed.rmtree()
+        # Renamed first: a kill in the middle must not leave half a step that counts as whole.
+        _rename(self._directory / str(step), _DELETED).rmtree()
 
     def _sweep(self) -> None:
-        for path in self._directory.iterdir():
-            if _TEMPORARY in path.name:
+        for path in _children(self._directory):
+            half = _TEMPORARY in path.name or _is_half_in_bucket(path)
+            if half:
                 _log.warning("step %s was half written when the run was stopped: removed", path.name.split(".")[0])
-            if path.name.endswith(_DELETED) or _TEMPORARY in path.name:
+            if half or path.name.endswith(_DELETED):
                 path.rmtree()
 
 
@@ -174,15 +180,33 @@ def expired(scores: Mapping[int, float | None], *, keep_last: int) -> list[int]:
 
 def all_steps(directory: str | os.PathLike[str]) -> list[int]:
     """The steps saved whole under `directory`, ascending; empty where there is no such folder."""
-    folder = _folder(directory)
-    if not folder.exists():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_whole(path))
+    folder = open_folder(directory)
+    return sorted(int(path.name) for path in _children(folder) if path.name.isdigit() and _is_whole(path))
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.exists() else []  # a bucket has no empty folders
 
 
 def _is_whole(path: epath.Path) -> bool:
     # Orbax knows its temporary folders and commit markers, but takes an empty folder for a checkpoint.
-    return (path / "_CHECKPOINT_METADATA").exists() and ocp.is_orbax_checkpoint(path)
+    return (path / _METADATA).exists() and ocp.is_orbax_checkpoint(path)
+
+
+def _is_half_in_bucket(path: epath.Path) -> bool:
+    if not in_bucket(path) or not path.name.isdigit():  # elsewhere, half of a save has a temporary name
+        return False
+    return not _is_whole(path) and not (path / f"{_METADATA}{_DAMAGED}").exists()
+
+
+def _rename(path: epath.Path, suffix: str) -> epath.Path:
+    """Gives a step a name under which it does not count; in a bucket, where that copies every byte, its metadata."""
+    if not in_bucket(path):
+        return path.rename(path.with_name(f"{path.name}{suffix}"))
+    metadata = path / _METADATA
+    (path / f"{_METADATA}{suffix}").write_bytes(metadata.read_bytes())
+    metadata.unlink()
+    return path
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -204,13 +228,13 @@ def best_step(directory: str | os.PathLike[str], metric: str | None, mode: Liter
         sign = {"min": -1.0, "max": 1.0}[mode]
         scores = {step: sign * found[step][metric] for step in steps if metric in found[step]}
     if not scores:
-        raise ValueError(f"{_folder(directory)}: no checkpoint" + ("" if metric is None else f" has {metric!r}"))
+        raise ValueError(f"{open_folder(directory)}: no checkpoint" + ("" if metric is None else f" has {metric!r}"))
     return max(scores, key=lambda step: scores[step])
 
 
 def load_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """What was saved beside the arrays: dict(step, record, metrics, manifest)."""
-    path = _folder(directory) / str(step)
+    path = open_folder(directory) / str(step)
     try:
         metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
         return {name: metadata[name] for name in ("step", "record", "metrics", "manifest")}
@@ -247,8 +271,8 @@ def load_newest(
     """The newest checkpoint that can be read and whose checksums hold; None where no step is saved.
 
     check: told what `load_record` gives before the arrays are read, to raise if it is of another run. Damaged ones that
-    are newer are renamed to <step>.damaged, once an older one is read. Where none can be read, all stay, and the error
-    of the newest is raised. On several processes a step counts if all of them can read it.
+    are newer are renamed to <step>.damaged (in a bucket, their metadata is) once an older one is read. Where none can
+    be read, all stay, and the error of the newest is raised. On several processes a step counts if all can read it.
     """
     damaged: dict[int, DamagedError] = {}
     for step in reversed(all_steps(directory)):
@@ -261,7 +285,7 @@ def load_newest(
         except DamagedError as found:
             error = found
         if np.all(multihost_utils.process_allgather(np.array(error is None))):
-            return Newest(step, saved, state, _set_aside(_folder(directory), damaged))
+            return Newest(step, saved, state, _set_aside(open_folder(directory), damaged))
         damaged[step] = error or _damaged(_step_path(directory, step), "another process cannot read it")
     if damaged:
         raise damaged[max(damaged)]
@@ -275,8 +299,8 @@ def _set_aside(folder: epath.Path, damaged: Mapping[int, DamagedError]) -> list[
         if jax.process_index() == 0:
             if aside.exists():
                 aside.rmtree()
-            path.rename(aside)
-        told.append(f"checkpoint {path} is damaged ({error.what}) and is now {aside.name}")
+            _rename(path, _DAMAGED)
+        told.append(f"checkpoint {path} is damaged ({error.what}) and is set aside with the suffix {_DAMAGED}")
     multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     return told
 
@@ -320,7 +344,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _step_path(directory: str | os.PathLike[str], step: int | None) -> epath.Path:
-    folder, steps = _folder(directory), all_steps(directory)
+    folder, steps = open_folder(directory), all_steps(directory)
     if not steps or (step is not None and step not in steps):
         raise ValueError(f"{folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {steps}")
     return folder / str(max(steps) if step is None else step)
@@ -331,11 +355,6 @@ def _context() -> ocp.Context:
     context = ocp.Context()
     context.asynchronous.create_directories_asynchronously = False
     return context
-
-
-def _folder(directory: str | os.PathLike[str]) -> epath.Path:
-    # Orbax takes absolute paths only; of a bucket, the path is absolute already.
-    return epath.Path(directory).absolute()
 
 
 class DamagedError(ValueError):

@@ -16,8 +16,9 @@ class TrainConfig:
     parts that a batch is computed in. ema_decay: of the moving average of parameters (None: none is kept). z_loss:
     weight of the squared logsumexp. max_skipped_in_a_row: steps without a finite update after which the run stops.
     stall_s: seconds without a step after which the stacks of all threads are written down, see `jaxlm.train.heartbeat`;
-    stall_ends: whether the process then ends, for its launcher to start the run again. wandb_project: where metrics go
-    too, on Weights & Biases (None: nowhere else).
+    stall_ends: whether the process then ends, for its launcher to start the run again. bucket: gs://name/prefix, where
+    checkpoints go in place of run_dir, for machines whose disks go with them, see `jaxlm.train.bucket`. wandb_project:
+    where metrics go too, on Weights & Biases (None: nowhere else).
     """
 
     num_steps: int
@@ -34,6 +35,7 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     stall_s: float | None = 1800.0
     stall_ends: bool = False
+    bucket: str | None = None
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:

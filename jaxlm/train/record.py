@@ -21,7 +21,7 @@ FILE = "run.json"
 MAY_CHANGE = (
     "*num_steps", "*log_every", "*eval_every", "*checkpoint_every", "*keep_last", "*best_metric", "*best_mode",
     "*max_skipped_in_a_row", "*stall_s", "*stall_ends", "*wandb_project", "profile.*",
-    "*num_threads", "*cache_dir", "*run_dir", "mesh.*", "runtime.*",
+    "*num_threads", "*cache_dir", "*run_dir", "*bucket", "mesh.*", "runtime.*",
 )  # fmt: skip
 """Config fields that a resumed run may change, as patterns of dotted names: they alter no earlier number, only what
 comes after (how long, how often, where). A schedule that depends on num_steps does go on along its new curve."""
@@ -87,6 +87,12 @@ def write_record(run_dir: str | os.PathLike[str], record: Mapping[str, Any], *, 
     part.write_text(json.dumps({"started": now, "from_step": step, **record, "earlier": earlier}, indent=2) + "\n")
     part.replace(path)
     return path
+
+
+def checkpoints_of(run_dir: str | os.PathLike[str]) -> str:
+    """The folder of a run's checkpoints: <run_dir>/checkpoints, unless `run.json` says that they went to a bucket."""
+    record = json.loads((Path(run_dir) / FILE).read_text())
+    return str(record.get("checkpoints", Path(run_dir) / "checkpoints"))
 
 
 def check_resumable(

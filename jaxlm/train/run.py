@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
-from jaxlm.train.checkpoint import Checkpoints, load_newest
+from jaxlm.train.bucket import CHECKPOINTS, Copies, home
+from jaxlm.train.checkpoint import Checkpoints, all_steps, load_newest
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.evaluate import Evaluate
 from jaxlm.train.goodput import FILE as TIMELINE
@@ -58,13 +60,15 @@ class Run:
     ) -> None:
         self._cfg, self._dir, self._record, self._stack = cfg, run_dir, record, stack
         self._batch_indices = batch_indices
-        self._folder = run_dir / "checkpoints"
+        there = home(run_dir, cfg.bucket)
+        self._folder = there / CHECKPOINTS
         notes: list[str] = []
 
         def check(saved: Mapping[str, Any]) -> None:
             notes[:] = self._check_resume(saved["step"], saved["record"]["run"], may_change)
 
         found = load_newest(self._folder, abstract_state, check=check)
+        copies = self._copies(there, resumed=found is not None)
         saved = {} if found is None else found.saved
         self.resumed, self.start = found is not None, 0 if found is None else found.step
         self._restored = None if found is None else found.state
@@ -76,8 +80,9 @@ class Run:
         self._checkpoints = stack.enter_context(
             contextlib.closing(
                 Checkpoints(
-                    self._folder, keep_last=cfg.keep_last, best_metric=cfg.best_metric, best_mode=cfg.best_mode
-                )
+                    self._folder, keep_last=cfg.keep_last, best_metric=cfg.best_metric, best_mode=cfg.best_mode,
+                    beside=None if copies is None else copies.update,
+                )  # fmt: skip
             )
         )
         self.preemption = stack.enter_context(Preemption())
@@ -170,11 +175,28 @@ class Run:
             )
         return check_resumable(_identity_of(recorded), _identity_of(self._record), may_change=may_change)
 
+    def _copies(self, there: epath.Path, *, resumed: bool) -> Copies | None:
+        """Of the run's folder in a bucket, brought back where the run goes on; None where there is nothing to do."""
+        if self._cfg.bucket is None:
+            return None
+        if not resumed and (steps := all_steps(self._dir / CHECKPOINTS)):
+            raise ValueError(
+                f"{self._dir / CHECKPOINTS} has steps {steps} and {there} has none: copy that folder there, or leave "
+                "out train.bucket, or start anew in another run folder"
+            )
+        if jax.process_index() != 0:
+            return None
+        copies = Copies(self._dir, there)
+        if resumed:
+            copies.bring_back()
+        return copies
+
     def _open_sinks(self, more: Sequence[Sink]) -> list[Sink]:
         if self._console is None:
             return []
         keep = self.start if self.resumed else None
-        write_record(self._dir, self._record, step=self.start)
+        where = {} if self._cfg.bucket is None else {"checkpoints": str(self._folder)}
+        write_record(self._dir, self._record | where, step=self.start)
         lines = JsonlSink(self._dir / "metrics.jsonl", keep_through=keep)
         events = TensorBoardSink(self._dir / "tensorboard", keep_through=keep)
         timeline = TimelineSink(self._dir / TIMELINE, step=self.start)
