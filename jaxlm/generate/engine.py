@@ -27,6 +27,8 @@ from jaxlm.ops.token_stats import token_stats_from_logits
 from jaxlm.typing import Array, Bool, Constrain, Float, Int, Key, Params
 
 MIN_BUCKET = 16
+CACHE_AXES = ("layers", "batch", None, "act_kv_heads", None)
+"""Logical axes of cached keys and values."""
 
 
 @flax.struct.dataclass
@@ -50,12 +52,20 @@ class Emitted:
     valid: Bool[Array, "C B"]
 
 
-def init_slots(cfg: DecoderConfig, num_slots: int, max_length: int) -> Slots:
+@partial(jax.jit, static_argnames=("cfg", "num_slots", "max_length", "constrain"))
+def init_slots(
+    cfg: DecoderConfig, num_slots: int, max_length: int, *, constrain: Constrain = decoder.identity
+) -> Slots:
     """Empty slots: none of them is active until `refill` puts a task there."""
-    # Three arrays, not one thrice: the slots are donated, and a buffer can be given away only once.
-    token, num_new, remaining = (jnp.zeros((num_slots,), jnp.int32) for _ in range(3))
+    none = jnp.zeros((num_slots,), jnp.int32)
     keys = jax.random.split(jax.random.key(0), num_slots)
-    return Slots(init_cache(cfg, num_slots, max_length), token=token, key=keys, num_new=num_new, remaining=remaining)
+    cache = spread(init_cache(cfg, num_slots, max_length), constrain)
+    return Slots(cache, token=none, key=keys, num_new=none, remaining=none)
+
+
+def spread(cache: KVCache, constrain: Constrain) -> KVCache:
+    """The cache, its rows over the devices that share a batch and its heads over those that share heads."""
+    return cache.replace(keys=constrain(cache.keys, CACHE_AXES), values=constrain(cache.values, CACHE_AXES))  # type: ignore[attr-defined]
 
 
 def bucket(n: int, smallest: int = MIN_BUCKET) -> int:
@@ -86,7 +96,7 @@ def refill(
     A row index beyond the last slot is dropped, so that callers can pad Q.
     """
     prefix = jnp.arange(prompts.shape[1]) < lengths[:, None] - 1
-    cache = init_cache(cfg, *prompts.shape)
+    cache = spread(init_cache(cfg, *prompts.shape), constrain)
     out = decoder.forward(params, prompts, cfg=cfg, segments=prefix.astype(jnp.int32), cache=cache, constrain=constrain)
     width, old = prompts.shape[1], slots.cache
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
@@ -95,10 +105,13 @@ def refill(
         return into.at[rows].set(values, mode="drop")
 
     return Slots(
-        cache=KVCache(
-            keys=old.keys.at[:, rows, :width].set(out.cache.keys[:, source], mode="drop"),
-            values=old.values.at[:, rows, :width].set(out.cache.values[:, source], mode="drop"),
-            length=put(old.length, out.cache.length[source]),
+        cache=spread(
+            KVCache(
+                keys=old.keys.at[:, rows, :width].set(out.cache.keys[:, source], mode="drop"),
+                values=old.values.at[:, rows, :width].set(out.cache.values[:, source], mode="drop"),
+                length=put(old.length, out.cache.length[source]),
+            ),
+            constrain,
         ),
         token=put(slots.token, last[source]),
         key=put(slots.key, keys),
@@ -142,7 +155,7 @@ def decode(
         stats = token_stats_from_logits(logits, token, mask=active)
         ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(active)
         following = Slots(
-            cache=out.cache,
+            cache=spread(out.cache, constrain),
             token=jnp.where(active, token, slots.token),
             key=slots.key,
             num_new=slots.num_new + active,

@@ -171,7 +171,8 @@ class _Run:
         self.seats: list[_Task | None] = [None] * num_slots
         # Prefill writes whole buckets, so the cache is at least one bucket long.
         longest_prompt = max(map(len, self.prompts))
-        self.slots = engine.init_slots(self.cfg, num_slots, max(engine.bucket(longest), engine.bucket(longest_prompt)))
+        length = max(engine.bucket(longest), engine.bucket(longest_prompt))
+        self.slots = engine.init_slots(self.cfg, num_slots, length, constrain=self.constrain)
         self.key = jax.random.key(self.sampling.seed)
 
     def busy(self) -> bool:

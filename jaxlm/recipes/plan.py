@@ -1,4 +1,4 @@
-"""Examples:
+r"""Examples:
 
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5p:4x4x8
   jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v6e:16x16 --config.mesh.fsdp=256 --json plan.json
@@ -13,6 +13,8 @@ memory per device by class, collectives by kind and mesh axis, and the least tim
 need. Nothing is read but the config: no data, no weights. TPUs need libtpu: pip install 'jaxlm[tpu]'; GPUs Python 3.12
 and their compiler: pip install 'jaxlm[cuda]'.
 
+  jaxlm plan --config configs/pretrain/llama_8b_pod.py --topology v5e:2x4 --config.mesh.fsdp=1 --config.mesh.tensor=8 \
+    --generate 64 1024 512                                              prefill and decoding with that model
   jaxlm plan --config configs/sentence_by_sentence/gpt2.py --topology v5e:2x4 --stage contextual --config.mesh.data=8
 
 Topologies: chips in each direction (v4:4x4x4, v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:2x2x4), nodes and GPUs of each
@@ -38,7 +40,7 @@ from jax.sharding import Mesh
 
 from jaxlm.ops.platform import compiling_for
 from jaxlm.recipes.describe import bytes_text
-from jaxlm.recipes.plan_work import Work, make_work
+from jaxlm.recipes.plan_work import make_work
 from jaxlm.recipes.train import load_recipe
 from jaxlm.recipes.wiring import make_step
 from jaxlm.sharding.mesh import make_mesh
@@ -86,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="NAME", help="of sentence_by_sentence (default: the first latent)")
     parser.add_argument("--scale", nargs="+", metavar="NAME:AxBxC", help="on each of these, as many rows per device")
     parser.add_argument("--search", type=int, metavar="N", help="compile the N best layouts and rank them")
+    parser.add_argument(
+        "--generate", nargs=3, type=int, metavar=("ROWS", "PROMPT", "NEW"),
+        help="plan generation instead: so many rows at once, of prompts and new tokens of at most so many",
+    )  # fmt: skip
     more = f"do not look for the largest batch, by up to {COMPILES} more compiles"
     parser.add_argument("--no-batch", action="store_true", help=more)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plan there")
@@ -102,6 +108,8 @@ def main(args: argparse.Namespace) -> int:
         return _scale(cfg, args)
     found = devices_of(args.topology, slices=args.slices)
     print(f"{args.topology}: {len(found)} devices, {found[0].device_kind}; compiling ...", flush=True)
+    if args.generate is not None:
+        return _generate(cfg, found, args)
     if args.search is not None:
         return _search(cfg, found, args.search)
     plan = make_plan(cfg, found, args.stage)
@@ -110,11 +118,20 @@ def main(args: argparse.Namespace) -> int:
     if most is not None:
         print(f"largest batch that fits, with {num_microbatches(cfg)} micro-batches: {most:,} rows")
     if args.json:
-        about = {"config": args.config, "topology": args.topology, "largest_batch": most}
+        about = {"arguments": again(args), "largest_batch": most}
         args.json.write_text(json.dumps(as_dict(plan) | about, indent=1) + "\n")
     if args.plot:
         plot(plan, args.plot, title=f"{Path(args.config).stem} on {args.topology}")
     return 0
+
+
+def again(args: argparse.Namespace) -> list[str]:
+    """The arguments that give the same plan."""
+    given = ["--config", args.config, "--topology", args.topology]
+    given += ["--slices", str(args.slices)] if args.slices != 1 else []
+    given += ["--stage", args.stage] if args.stage else []
+    given += ["--generate", *map(str, args.generate)] if args.generate else []
+    return [*given, *args.overrides]
 
 
 def _scale(cfg: Any, args: argparse.Namespace) -> int:
@@ -130,6 +147,23 @@ def _scale(cfg: Any, args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(plan_scaling.as_dicts(points), indent=1))
     if args.plot:
         plan_scaling.plot(points, args.plot, title=Path(args.config).stem)
+    return 0
+
+
+def _generate(cfg: Any, found: Sequence[Any], args: argparse.Namespace) -> int:
+    """Says what prefill and decoding take."""
+    from jaxlm.recipes import plan_generate  # which builds on this module
+
+    if args.search is not None or args.stage is not None:
+        raise ValueError("--generate plans generation: leave out --search and --stage, which are of training")
+    plans = plan_generate.make_plans(cfg, found, plan_generate.Load(*args.generate))
+    for name, plan in plans.items():
+        print(f"\n{name}: {render(plan)}")
+    if args.json:
+        found_by_name: dict[str, Any] = {name: as_dict(plan) for name, plan in plans.items()}
+        args.json.write_text(json.dumps(found_by_name | {"arguments": again(args)}, indent=1) + "\n")
+    if args.plot:
+        plot(plans["decode"], args.plot, title=f"{Path(args.config).stem} on {args.topology}: one token in every row")
     return 0
 
 
@@ -152,15 +186,26 @@ def make_plan(cfg: Any, found: Sequence[Any], stage: str | None = None) -> Plan:
         work, mesh = make_work(cfg, found, stage)
         step = make_step(work.run, work.spec, work.loss, mesh=mesh, row_keys=work.row_keys)
         state = step.abstract.replace(frozen=work.frozen)  # type: ignore[attr-defined]
-        compiled = _compile(lower_ahead(step.run, state, work.batch))
-    return read_plan(compiled, state, work, mesh, compile_s=time.perf_counter() - start)
+        compiled = compile_lowered(lower_ahead(step.run, state, work.batch), TRAINING_ADVICE)
+    memory = {
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state),
+        "average": held(state.ema),
+        "frozen": held(state.frozen),
+        "batch": held(work.batch),
+    }
+    found = read_plan(compiled, memory, mesh, model_flops=work.model_flops, tokens=work.tokens)
+    return found._replace(compile_s=time.perf_counter() - start, assumed=work.assumed)
 
 
 class DoesNotFitError(ValueError):
     """The compiler finds that a program cannot fit."""
 
 
-def _compile(lowered: Any) -> Any:
+TRAINING_ADVICE = "more devices, a smaller data.batch_size, more train.num_microbatches, or model.remat='full'"
+
+
+def compile_lowered(lowered: Any, advice: str) -> Any:
     """Compiled; DoesNotFitError where the compiler itself finds that the program cannot fit."""
     try:
         return lowered.compile()
@@ -169,32 +214,36 @@ def _compile(lowered: Any) -> Any:
             raise
         reason = str(error).strip().splitlines()[0]
         raise DoesNotFitError(
-            f"it DOES NOT FIT, and the compiler refuses it: {reason}. Take more devices, a smaller data.batch_size, "
-            "more train.num_microbatches, or model.remat='full'"
+            f"it DOES NOT FIT, and the compiler refuses it: {reason}. Take {advice}"
         ) from error
 
 
-def read_plan(compiled: Any, state: Any, work: Work, mesh: Mesh, *, compile_s: float) -> Plan:
-    """What a compiled step says of itself."""
+def read_plan(
+    compiled: Any,
+    memory: Mapping[str, float],
+    mesh: Mesh,
+    *,
+    model_flops: float,
+    tokens: int,
+    in_place: bool = False,
+) -> Plan:
+    """What a compiled program says of itself.
+
+    memory: of a device, by class, what is there before it runs. in_place: its results are next to nothing, written into
+    the arguments.
+    """
     stats = compiled.memory_analysis()
-    memory = {
-        "parameters": held(state.params),
-        "optimizer": held(state.opt_state),
-        "average": held(state.ema),
-        "frozen": held(state.frozen),
-        "batch": held(work.batch),
-        "temporaries": float(stats.temp_size_in_bytes),
-        "program": float(stats.generated_code_size_in_bytes),
-    }
+    temporaries = float(stats.temp_size_in_bytes)
+    memory = {**memory, "temporaries": temporaries, "program": float(stats.generated_code_size_in_bytes)}
     found = collectives(compiled.as_text(), mesh)
-    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * stats.temp_size_in_bytes
+    moved = stats.argument_size_in_bytes + 2 * temporaries + (0 if in_place else stats.output_size_in_bytes)
     peak = peaks(mesh)
     return Plan(
         dict(sorted(memory.items(), key=lambda item: -item[1])),
         total_bytes() / mesh.size if peak is None else peak.memory,
-        work.model_flops,
-        {} if peak is None else least_times(work.model_flops / mesh.size, moved, found, mesh, peak),
-        by_kind(found), work.tokens, compile_s, work.assumed,
+        model_flops,
+        {} if peak is None else least_times(model_flops / mesh.size, moved, found, mesh, peak),
+        by_kind(found), tokens, compile_s=0.0,
     )  # fmt: skip
 
 

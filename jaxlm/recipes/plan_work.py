@@ -75,7 +75,8 @@ def preference_work(cfg: dpo.Config, mesh: Mesh, stage: str | None) -> Work:
     work = rows * length * _per_token(spec, model, length) * passes / 3
     return Work(
         cfg, spec if cfg.lora is None else lora_spec(spec, cfg.lora), loss, batch, model.dropout > 0, work,
-        rows * length, _abstract(spec, mesh) if live or cfg.lora else None, f"{SLOTS} responses in a row, no prompts",
+        rows * length, abstract_params(spec, mesh) if live or cfg.lora else None,
+        f"{SLOTS} responses in a row, no prompts",
     )  # fmt: skip
 
 
@@ -155,7 +156,8 @@ def _by_row(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(("batch",))))
 
 
-def _abstract(spec: specs.Spec, mesh: Mesh) -> Params:
+def abstract_params(spec: specs.Spec, mesh: Mesh) -> Params:
+    """Parameters on a mesh, as shapes with shardings."""
     shapes, shardings = specs.abstract(spec), param_shardings(spec, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -204,7 +206,7 @@ def _sentence_flops(
 def _frozen(way: Way, stages: Stages, mesh: Mesh) -> Params | None:
     """What the stage's loss reads beside its parameters, as shapes: one or several copies of the model."""
     spec = decoder.spec(stages.model)
-    shapes, placed = specs.abstract(spec), _abstract(spec, mesh)
+    shapes, placed = specs.abstract(spec), abstract_params(spec, mesh)
     found = jax.eval_shape(lambda model: way.frozen(collections.defaultdict(lambda: model)), shapes)
 
     def place(tree: Any) -> Any:
