@@ -58,7 +58,13 @@ def task(tmp_path_factory):
 
 
 @pytest.fixture
-def compiled_once(tmp_path):
+def on_one_device(monkeypatch):
+    """Programs of one device compile faster, and can be kept on disk; a mesh has a test of its own."""
+    monkeypatch.setattr("jaxlm.recipes.sentence_stages.make_mesh", lambda cfg: _one_device_mesh())
+
+
+@pytest.fixture
+def compiled_once(tmp_path, on_one_device):
     """Programs are kept on disk: a recipe that is run again in this process does not compile them anew."""
     changed = {
         "jax_compilation_cache_dir": str(tmp_path / "programs"),
@@ -114,7 +120,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adapters_are_trained_where_the_model_is_frozen(tmp_path):
+def test_adapters_are_trained_where_the_model_is_frozen(tmp_path, compiled_once):
     small = dict(stages={"cot": StageConfig(4), "contextual": StageConfig(4)}, latents=(LatentStage(4, name="z"),))
     cfg = config(tmp_path / "run", **small, curricula=(), lora=LoraConfig(rank=2, targets=("q", "out")))
     rows = recipe.run(cfg)
