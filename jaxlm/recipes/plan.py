@@ -131,7 +131,7 @@ def again(args: argparse.Namespace) -> list[str]:
     given += ["--slices", str(args.slices)] if args.slices != 1 else []
     given += ["--stage", args.stage] if args.stage else []
     given += ["--generate", *map(str, args.generate)] if args.generate else []
-    return [*given, *args.overrides]
+    return [*given, *(f"--config.{change}" for change in args.overrides)]
 
 
 def _scale(cfg: Any, args: argparse.Namespace) -> int:
