@@ -85,7 +85,8 @@ def test_the_command_says_both_and_writes_them(tmp_path, capsys):
     command = ["plan", *given, "--json", str(out), "--config.mesh.data=8"]
     assert main([*command, "--plot", str(tmp_path / "p.png"), "--generate", "8", "30", "30"]) == 0
     found = json.loads(out.read_text())
-    assert list(found) == ["prefill", "decode", "arguments"] and found["decode"]["memory"]["cache"] == 2 * 4 * 64 * 2 * 32 * 4
+    assert list(found) == ["prefill", "decode", "arguments"]
+    assert found["decode"]["memory"]["cache"] == 2 * 4 * 64 * 2 * 32 * 4
     assert found["arguments"] == [*given, "--generate", "8", "30", "30", "--config.mesh.data=8"]
     told = capsys.readouterr().out
     assert "prefill: compiled in" in told and "decode: compiled in" in told
