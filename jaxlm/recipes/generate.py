@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm generate`."""
-    parser.add_argument("model", metavar="MODEL", help="a run's folder or a Hugging Face folder")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder (or gs://…), or a Hugging Face folder")
     parser.add_argument("--prompt", help="one prompt; the continuation is streamed to the terminal")
     parser.add_argument("--prompts", metavar="FILE", help="many prompts: jsonl with a field 'prompt', or plain lines")
     parser.add_argument("--out", metavar="FILE", help="with --prompts: where the JSON lines go (default: the terminal)")
