@@ -70,14 +70,16 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"the undisturbed run ended with status {status}: {_tail(base / 'output.txt')}")
             print(f"undisturbed: {length:.0f} s, the first step after {begun:.0f} s", flush=True)
             disturbed = run_of(args, base, "disturbed")
-            # On average a start that trains makes its share of the steps before it is killed.
-            share = 2 * (length - begun) / max(args.kills, 1)
+            # On average a start that trains makes half of its share of the steps before it is killed: some are left.
+            share = (length - begun) / max(args.kills, 1)
             kills = list(disturb(args, disturbed, out, starting=begun, training=share))
             status = pod.wait(start(args, disturbed, out), grace=30)
         same = status == 0 and equal(base / "straight", base / "disturbed", args.steps)
         number = sum(not kill.get("too_late") for kill in kills)
         told = "are the same" if same else "DIFFER"
         print(f"{number} of {args.kills} kills; parameters and losses {told} bit for bit")
+        if number < args.kills:
+            print("the run ended before the others: raise --steps")
         if status:
             print(_tail(base / "output.txt"))
     if args.json:
