@@ -210,7 +210,10 @@ def test_the_error_of_bfloat16_gradients_does_not_grow_with_the_number_of_blocks
     whole = grads(512)
     for block in (8, 64):
         got = grads(block)
-        np.testing.assert_allclose(got[1], whole[1], rtol=0, atol=2e-6)
+        # The gradient of unembed is summed in float32. A coefficient between two bfloat16 numbers may round to either,
+        # as a block's shape changes the order of its logit's sum (seen with AMX): one of 32,768, and so one row.
+        difference = np.abs(got[1] - whole[1])
+        assert (difference > 2e-6).any(axis=1).mean() < 0.01 and difference.max() < 2e-5
         # The gradient of hidden is accumulated in float32 over the blocks and rounded to bfloat16 once: at most one
         # unit in the last place apart, where the two sums fall on different sides of a rounding boundary.
         a, b = (np.asarray(x[0], np.float32) for x in (got, whole))
