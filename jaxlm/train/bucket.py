@@ -108,10 +108,7 @@ def _files(there: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def on_this_machine(run_dir: str | os.PathLike[str]) -> Iterator[Path]:
-    """A run's folder as one of this machine: itself, or for a while the small files of one in a bucket."""
-    if not in_bucket(run_dir):
-        yield Path(run_dir)
-        return
+    """For a while, the small files of a run's folder in a bucket as a folder of this machine."""
     with tempfile.TemporaryDirectory() as here:
         Copies(Path(here), folder(run_dir)).bring_back()
         yield Path(here)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 import jaxlm
+from jaxlm.train.bucket import CHECKPOINTS
 
 FILE = "run.json"
 
@@ -92,7 +93,7 @@ def write_record(run_dir: str | os.PathLike[str], record: Mapping[str, Any], *, 
 def checkpoints_of(run_dir: str | os.PathLike[str]) -> str:
     """The folder of a run's checkpoints: <run_dir>/checkpoints, unless `run.json` says that they went to a bucket."""
     record = json.loads((Path(run_dir) / FILE).read_text())
-    return str(record.get("checkpoints", Path(run_dir) / "checkpoints"))
+    return str(record.get(CHECKPOINTS, Path(run_dir) / CHECKPOINTS))
 
 
 def check_resumable(

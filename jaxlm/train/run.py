@@ -195,7 +195,7 @@ class Run:
         if self._console is None:
             return []
         keep = self.start if self.resumed else None
-        where = {} if self._cfg.bucket is None else {"checkpoints": str(self._folder)}
+        where = {} if self._cfg.bucket is None else {CHECKPOINTS: str(self._folder)}
         write_record(self._dir, self._record | where, step=self.start)
         lines = JsonlSink(self._dir / "metrics.jsonl", keep_through=keep)
         events = TensorBoardSink(self._dir / "tensorboard", keep_through=keep)
