@@ -7,7 +7,7 @@ the table or on another clear block. All states and plans are found by enumerati
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ State = tuple[int, ...]
 """For each block, the block that it stands on, or TABLE."""
 
 _ON = re.compile(r"([A-Z]) on (?:the (table)|([A-Z]))")
+_STACKS = re.compile(r"[A-Z]( [A-Z])*(, [A-Z]( [A-Z])*)*\.?")
 _MOVE = re.compile(r"Move ([A-Z]) from (the table|[A-Z]) to (the table|[A-Z])")
 
 
@@ -93,25 +94,44 @@ def describe(state: State) -> str:
     return ", ".join(f"{_name(block)} on {_name(below)}" for block, below in enumerate(state))
 
 
+def describe_stacks(state: State) -> str:
+    """The state as its stacks, each from the table up: half the words of `describe`.
+
+    >>> describe_stacks((-1, 0, -1))
+    'A B, C'
+    """
+    stacks = []
+    for block in (block for block, below in enumerate(state) if below == TABLE):
+        stack = [block]
+        while stack[-1] in state:
+            stack.append(state.index(stack[-1]))
+        stacks.append(" ".join(map(_name, stack)))
+    return ", ".join(stacks)
+
+
+WORDINGS: dict[str, Callable[[State], str]] = {"blocks": describe, "stacks": describe_stacks}
+"""The ways to say a state: what each block stands on, as in arXiv:2505.22202, or the stacks."""
+
+
 def _name(block: int) -> str:
     return "the table" if block == TABLE else chr(ord("A") + block)
 
 
-def make_sample(start: State, distance: Mapping[State, int]) -> Sample:
+def make_sample(start: State, distance: Mapping[State, int], wording: str = "blocks") -> Sample:
     """The question for a plan between two states, a shortest plan as its steps, and the number of moves as its answer.
 
     >>> make_sample((-1, 0), distances((-1, -1))).steps
     ('Move B from A to the table',)
     """
-    goal = next(state for state, moves_left in distance.items() if not moves_left)
+    goal, say = next(state for state, moves_left in distance.items() if not moves_left), WORDINGS[wording]
     steps, state = [], start
     for block, onto in plan(start, distance):
         steps.append(f"Move {_name(block)} from {_name(state[block])} to {_name(onto)}")
         state = move(state, block, onto)
-    return Sample(f"Start: {describe(start)}. Goal: {describe(goal)}.", tuple(steps), str(len(steps)))
+    return Sample(f"Start: {say(start)}. Goal: {say(goal)}.", tuple(steps), str(len(steps)))
 
 
-def make_samples(num_blocks: int) -> list[Sample]:
+def make_samples(num_blocks: int, wording: str = "blocks") -> list[Sample]:
     """Every ordered pair of different states, in a fixed order: 5,256 for four blocks, 250,500 for five.
 
     Six have 16 million: see `draw_samples`.
@@ -120,13 +140,19 @@ def make_samples(num_blocks: int) -> list[Sample]:
         raise ValueError(f"num_blocks={num_blocks}: expected at most {MOST_BLOCKS}; of more, draw_samples")
     known = states(num_blocks)
     return [
-        make_sample(start, distance) for goal in known for distance in [distances(goal)] for start in known
+        make_sample(start, distance, wording) for goal in known for distance in [distances(goal)] for start in known
         if start != goal
     ]  # fmt: skip
 
 
 def draw_samples(
-    num_blocks: int, sizes: Mapping[str, int], *, seed: int = 0, least: int = 4, starts: int = 25
+    num_blocks: int,
+    sizes: Mapping[str, int],
+    *,
+    seed: int = 0,
+    least: int = 4,
+    starts: int = 25,
+    wording: str = "blocks",
 ) -> dict[str, list[Sample]]:
     """Random pairs of states for the named parts, whose states, start and goal alike, are in no other part.
 
@@ -140,7 +166,8 @@ def draw_samples(
     cuts = np.cumsum([len(known) * size // total for size in sizes.values()])[:-1]
     found = {}
     for (part, size), own in zip(sizes.items(), np.split(order, cuts)):
-        found[part] = _draw([known[i] for i in own], size, rng, least=least, starts=starts)
+        pairs = _draw([known[i] for i in own], size, rng, least=least, starts=starts)
+        found[part] = [make_sample(start, distance, wording) for start, distance in pairs]
         if len(found[part]) < size:
             raise ValueError(
                 f"{part}: {num_blocks} blocks give {len(found[part])} samples of at least {least} moves among its "
@@ -149,16 +176,18 @@ def draw_samples(
     return found
 
 
-def _draw(own: Sequence[State], size: int, rng: np.random.Generator, *, least: int, starts: int) -> list[Sample]:
-    """At most `size` samples between these states; every state is a goal at most once."""
-    found: list[Sample] = []
+def _draw(
+    own: Sequence[State], size: int, rng: np.random.Generator, *, least: int, starts: int
+) -> list[tuple[State, dict[State, int]]]:
+    """At most `size` starts, with the distances to their goal; every state is a goal at most once."""
+    found: list[tuple[State, dict[State, int]]] = []
     for goal in rng.permutation(len(own)):
         if len(found) == size:
             break
         distance = distances(own[goal])
         far = [state for state in own if distance[state] >= least]
         chosen = rng.permutation(len(far))[: min(starts, size - len(found))]
-        found += [make_sample(far[i], distance) for i in chosen]
+        found += [(far[i], distance) for i in chosen]
     return found
 
 
@@ -188,14 +217,25 @@ def solves(question: str, steps: Sequence[str]) -> bool:
 
 
 def parse_state(text: str) -> State:
-    """The state that `describe` wrote; ValueError for words that are no state."""
-    found = [(block, TABLE if table else ord(below) - ord("A")) for block, table, below in _ON.findall(text)]
-    state = tuple(below for _, below in found)
+    """The state that `describe` or `describe_stacks` wrote; ValueError for words that are no state."""
+    state = _from_stacks(text.rstrip(".")) if _STACKS.fullmatch(text) else _from_blocks(text)
     stood_on = [below for below in state if below != TABLE]
     stable = len(set(stood_on)) == len(stood_on) and all(_stands(state, block) for block in range(len(state)))
-    if describe(state) != text.rstrip(".") or not stable:
-        raise ValueError(f"expected a state such as 'A on the table, B on A', found {text!r}")
+    if not state or not stable or text.rstrip(".") not in (describe(state), describe_stacks(state)):
+        raise ValueError(f"expected a state such as 'A on the table, B on A', or 'A B', found {text!r}")
     return state
+
+
+def _from_blocks(text: str) -> State:
+    return tuple(TABLE if table else ord(below) - ord("A") for _, table, below in _ON.findall(text))
+
+
+def _from_stacks(text: str) -> State:
+    below: dict[int, int] = {}
+    for stack in text.split(", "):
+        blocks = [ord(name) - ord("A") for name in stack.split()]
+        below |= dict(zip(blocks, (TABLE, *blocks)))
+    return tuple(below.get(block, TABLE) for block in range(len(below)))
 
 
 def _stands(state: State, block: int) -> bool:

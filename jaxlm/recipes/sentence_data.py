@@ -29,7 +29,8 @@ class TaskConfig:
 
     task: blocksworld and prosqa are generated, with exact checkers; gsm8k and jsonl ({question, steps, answer}) are
     read from the sources train, validation and test. num_blocks: of blocksworld, all of whose pairs of states are used;
-    with more than five, pairs are drawn. num_samples: in train, of prosqa and of drawn pairs. num_nodes: of prosqa.
+    with more than five, pairs are drawn. wording: of its states, what each block stands on, or "stacks", each from the
+    table up, which takes half the words. num_samples: in train, of prosqa and of drawn pairs. num_nodes: of prosqa.
     num_validation, num_test: of a generated task. tokenizer: a folder or file, or "sentencepiece:SIZE" to train one of
     that size on the training samples. max_steps (the answer's sentence counts), max_step_tokens, max_question_tokens:
     samples beyond are left out whole and counted. bad_rows: as in `DataConfig`.
@@ -38,6 +39,7 @@ class TaskConfig:
     task: Literal["blocksworld", "prosqa", "gsm8k", "jsonl"]
     tokenizer: str
     num_blocks: int = 4
+    wording: Literal["blocks", "stacks"] = "blocks"
     num_samples: int = 5000
     num_nodes: int = 10
     num_validation: int = 200
@@ -103,9 +105,9 @@ def make_samples(cfg: TaskConfig, skipped: collections.Counter[str]) -> dict[str
     """The samples of every part; those of blocksworld are all that there are. skipped: counts bad rows, by reason."""
     sizes = dict(zip(PARTS, (cfg.num_samples, cfg.num_validation, cfg.num_test)))
     if cfg.task == "blocksworld" and cfg.num_blocks > blocksworld.MOST_BLOCKS:
-        return blocksworld.draw_samples(cfg.num_blocks, sizes, seed=cfg.seed)
+        return blocksworld.draw_samples(cfg.num_blocks, sizes, seed=cfg.seed, wording=cfg.wording)
     if cfg.task == "blocksworld":
-        every = blocksworld.make_samples(cfg.num_blocks)
+        every = blocksworld.make_samples(cfg.num_blocks, cfg.wording)
         return blocksworld.split(every, validation=cfg.num_validation, test=cfg.num_test, seed=cfg.seed)
     if cfg.task == "prosqa":
         rng = np.random.default_rng(cfg.seed)

@@ -78,15 +78,43 @@ def test_what_is_no_legal_move_is_no_solution(steps):
 
 
 def test_states_are_read_back_and_other_words_refused(samples):
-    for state in bw.states(3):
-        assert bw.parse_state(bw.describe(state)) == state
-    for words in ("A on the floor", "A on B, B on A", "A on C, B on C, C on the table", "A on B", "A on A"):
+    for num_blocks, say in itertools.product((1, 3, 4), bw.WORDINGS.values()):
+        said = {say(state): state for state in bw.states(num_blocks)}
+        assert len(said) == len(bw.states(num_blocks))
+        assert all(bw.parse_state(words) == state for words, state in said.items())
+    for words in (
+        "",
+        "A A",
+        "A B, B C",
+        "B, A",
+        "A C",
+        "A, C",
+        "A  B",
+        "A on the floor",
+        "A on B, B on A",
+        "A on C, B on C, C on the table",
+        "A on B",
+        "A on A",
+    ):
         with pytest.raises(ValueError, match="expected a state such as"):
             bw.parse_state(words)
     with pytest.raises(ValueError, match="1 to 26"):
         bw.states(0)
     with pytest.raises(ValueError, match="expected at most 5"):
         bw.make_samples(6)
+
+
+def test_samples_said_by_stacks_are_the_same_pairs_and_plans(samples):
+    by_stacks = bw.make_samples(4, "stacks")
+    assert len({sample.question for sample in by_stacks}) == 5256
+    assert by_stacks[100].question == "Start: A, C D B. Goal: A D, B, C."
+    for one, other in zip(samples, by_stacks, strict=True):
+        ends, same = ([bw.parse_state(text) for text in s.question.removeprefix("Start: ").split(" Goal: ")]
+                      for s in (one, other))  # fmt: skip
+        assert ends == same and one.steps == other.steps and one.answer == other.answer
+    assert bw.solves(by_stacks[100].question, by_stacks[100].steps)
+    drawn, other = (bw.draw_samples(5, {"train": 9, "test": 3}, wording=wording) for wording in bw.WORDINGS)
+    assert [s.steps for part in drawn.values() for s in part] == [s.steps for part in other.values() for s in part]
 
 
 def test_the_parts_of_a_split_share_no_question(samples):

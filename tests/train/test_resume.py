@@ -103,10 +103,15 @@ def test_another_device_count_goes_on_to_the_same_numbers(tmp_path, whole, first
         assert a == pytest.approx(b, rel=1e-6)
 
 
-def test_eight_devices_then_four_then_two_then_eight(tmp_path, whole):
+EIGHT_FOUR_TWO = [dict(num_devices=devices, fsdp=devices // 2) for devices in (8, 4, 2)]
+SLICES = [dict(num_devices=4 * slices, fsdp=2, slices=slices) for slices in (2, 1)]
+
+
+@pytest.mark.parametrize("meshes", [EIGHT_FOUR_TWO, SLICES], ids=["8, 4, 2 devices", "2, 1 slices"])
+def test_on_fewer_and_fewer_devices_and_on_eight_again(tmp_path, whole, meshes):
     straight, expected = whole("sharded")
-    for stop, devices in ((5, 8), (11, 4), (17, 2)):
-        stop_at(tmp_path, stop, num_devices=devices, fsdp=devices // 2)
+    for stop, mesh in zip((5, 11, 17), meshes):
+        stop_at(tmp_path, stop, **mesh)
     result = tiny_run(tmp_path, **MESHES["sharded"])
     for a, b in zip(jax.tree.leaves(jax.device_get(result.state)), jax.tree.leaves(jax.device_get(expected.state))):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)

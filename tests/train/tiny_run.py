@@ -97,6 +97,7 @@ def tiny_run(
     *,
     num_devices: int = 1,
     fsdp: int = 1,
+    slices: int = 1,
     num_steps: int = 24,
     data: Data | None = None,
     width: int = D,
@@ -110,7 +111,7 @@ def tiny_run(
     data = data or Data()
     options = dict(num_steps=num_steps, log_every=5, eval_every=8, checkpoint_every=4, keep_last=2) | overrides
     cfg = TrainConfig(**options)
-    mesh = make_mesh(MeshConfig(fsdp=fsdp), devices=jax.devices()[:num_devices])
+    mesh = make_mesh(MeshConfig(slice=slices, fsdp=fsdp), devices=jax.devices()[:num_devices])
     spec, optimizer = tiny_spec(width), make_optimizer()
 
     def held_out() -> Iterator[dict[str, np.ndarray]]:
@@ -131,7 +132,7 @@ def tiny_run(
         evaluate=make_evaluate(make_eval_step(loss_fn), {"eval": held_out}, place=place),
         record={"config": {"train": options, "model": {"width": width}, **(config or {})}},
         batch_indices=lambda step: list(range(step * B, (step + 1) * B)),
-        compile_step=compile_step or (partial(compile_once, (num_devices, fsdp, width)) if step_fn is None else None),
+        compile_step=compile_step or (partial(compile_once, (*mesh.shape_tuple, width)) if step_fn is None else None),
         profile_steps=profile_steps,
         throughput=Throughput(tokens_per_step=B * T, flops_per_token=6.0 * V * D, peak_flops=1e12),
     )
