@@ -7,7 +7,7 @@
 The candidates take turns in one process; compare the column "speed-up". TFLOP/s count what a causal row needs, half of
 the square: 2 B N T^2 H forward, 7 B N T^2 H with gradients (whatever a candidate computes in fact; of packed rows and
 windows too). "of peak" is their share of the rate of square products of the same dtype. "cudnn" runs on NVIDIA GPUs,
-for bfloat16 and rows of one document. Errors are against the reference in float64, of the first row.
+for bfloat16 and rows of one document, "splash" on TPUs. Errors are against the reference in float64, of the first row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.bench.measurement import Measurement, compare, plot, table
-from jaxlm.ops.attention import attention, cudnn
+from jaxlm.ops.attention import attention, kernel_of, obstacles
 from jaxlm.ops.masks import attention_mask
 from jaxlm.typing import Array, Float, Int
 
@@ -70,8 +70,9 @@ def candidates(problem: Problem) -> dict[str, Run]:
         return attention(q, k, v, implementation=name, **options, **where)
 
     packed = problem.segments is not None
-    hindrance = cudnn.obstacle(problem.q, problem.k, in_order=True, packed=packed, soft_cap=None)
-    fused = ("cudnn",) if jax.default_backend() == "gpu" and cudnn.available() and hindrance is None else ()
+    kernel = kernel_of(jax.default_backend())
+    hindrances = obstacles(problem.q, problem.k, in_order=True, packed=packed, soft_cap=None)
+    fused = () if kernel is None or hindrances[kernel] else (kernel,)
     return {BASELINE: rival} | {name: partial(ours, name) for name in ("reference", "blockwise", *fused)}
 
 

@@ -31,7 +31,7 @@ class Context(NamedTuple):
     rotations: dict[str, Rotation | None]
     q_positions: Int[Array, "B T"]
     k_positions: Int[Array, "B S"]
-    in_order: bool  # positions 0 … T - 1, derived, without a cache
+    in_order: bool  # each segment in one piece, its positions growing by one, without a cache
     segments: Int[Array, "B T"] | None
     cache_length: Int[Array, "B"] | None
     keys: Key[Array, "B"] | None
@@ -166,7 +166,7 @@ def _attend(q: Array, k: Array, v: Array, index: Array, *, kind: str, c: Context
         parts = spread.parts_of(c.constrain)
         if q.shape[1] == k.shape[1] and spread.fits(q.shape[1], parts):
             return spread.attention(attention, q, k, v, parts=parts, constrain=c.constrain, **where), None
-        return attention(q, k, v, in_order=c.in_order, **where), None
+        return attention(q, k, v, in_order=c.in_order, constrain=c.constrain, **where), None
     probs = reference.probabilities(q, k, **where)
     dropped = layers.dropout(probs, cfg.dropout, c.keys, NUM_SITES * index + ATTENTION_SITE)
     return reference.weighted_sum(dropped, v), probs

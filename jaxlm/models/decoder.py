@@ -86,6 +86,7 @@ def forward(
     embeddings: Float[Array, "B T D"] | None = None,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    in_order: bool = False,
     cache: KVCache | None = None,
     collect: Sequence[str] = (),
     key: Key[Array, "..."] | None = None,
@@ -95,7 +96,8 @@ def forward(
 
     tokens: ids in [0, V); one outside gives NaN. embeddings: take the place of the (scaled) token embeddings, and
     tokens may then be None. segments: documents packed in a row, 0 is padding; a token sees its own segment only.
-    positions: within the segment (None: derived).
+    positions: within the segment (None: derived). in_order: the caller's promise that they are those of packing, each
+    segment in one piece and its positions growing by one, so that kernels of attention may count for themselves.
     cache: the tokens continue each row at its own length; segments then only tell padding (0) from tokens, and the
     lengths grow by the tokens. Padding comes last in a row; what does not fit in the cache is dropped, so keep its
     capacity at the length you will reach.
@@ -113,7 +115,7 @@ def forward(
         rotations=rotations(q_positions, segments, cfg=cfg),
         q_positions=q_positions,
         k_positions=k_positions,
-        in_order=positions is None and segments is None and cache is None,
+        in_order=cache is None and (in_order or (positions is None and segments is None)),
         segments=segments,
         cache_length=None if cache is None else cache.length,
         keys=row_keys(key, shape[0]) if cfg.dropout else None,

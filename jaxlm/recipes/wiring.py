@@ -213,12 +213,13 @@ def averaged(state: Any) -> Params:
 
 
 def make_apply(model: DecoderConfig, constrain: Constrain) -> Apply:
-    """The decoder as the trainer sees it: parameters and tokens in, hidden states out."""
+    """The decoder as the trainer sees it: parameters and packed tokens in, hidden states out."""
 
     def apply(params: Params, tokens: Array, *, positions: Any, segments: Any, key: Any) -> Array:
         return decoder.forward(
-            params, tokens, cfg=model, positions=positions, segments=segments, key=key, constrain=constrain
-        ).hidden
+            params, tokens, cfg=model, positions=positions, segments=segments, in_order=True, key=key,
+            constrain=constrain,
+        ).hidden  # fmt: skip
 
     return apply
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.sharding.rules import RULES, MeshAxes, batch_parts, batch_sharding, mesh_axes, partition_spec
 from jaxlm.typing import Array, Batch, Constrain
+
+Axes = tuple[str | None, ...]
 
 
 def make_constrain(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Constrain:
@@ -30,6 +32,13 @@ class _Pin:
 
     def __call__(self, x: Array, axes: tuple[str | None, ...]) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes, self.rules)))
+
+    def on_each_device(self, run: Callable[..., Array], operands: Sequence[Axes], result: Axes) -> Callable[..., Array]:
+        """`run`, of arrays with these logical axes, on each device's part of them: for kernels, which XLA does not
+        split. What it computes of a row and head may depend on no other."""
+        specs = [partition_spec(axes, self.rules) for axes in (*operands, result)]
+        # A kernel does not say over which axes its result varies, so nothing is there to be checked.
+        return jax.shard_map(run, mesh=self.mesh, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)
 
     @property
     def length_parts(self) -> int:
