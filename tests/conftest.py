@@ -12,6 +12,8 @@ os.environ.setdefault(
     " --xla_cpu_parallel_codegen_split_count=1"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
+os.environ.setdefault("JAX_OPTIMIZATION_LEVEL", "O0")  # halves it for TPUs
+os.environ.setdefault("JAX_MEMORY_FITTING_LEVEL", "O0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -109,7 +109,7 @@ GOLDEN = sorted((ROOT / "tests/golden/plans").glob("*.json"))
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.stem)
 def test_a_shipped_config_pays_what_it_paid_when_its_golden_numbers_were_taken(golden, tmp_path):
-    """Anew: jaxlm plan --config configs/F.py --topology T … --no-batch --json tests/golden/plans/NAME.json."""
+    """Anew: jaxlm plan --config configs/F.py --topology T … --quick --no-batch --json tests/golden/plans/NAME.json."""
     expected = json.loads(golden.read_text())
     command = [sys.executable, "-m", "jaxlm.cli", "plan", *expected["arguments"], "--no-batch"]
     command += ["--json", str(tmp_path / "plan.json")]
