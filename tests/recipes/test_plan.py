@@ -295,11 +295,12 @@ def test_a_mesh_of_another_size_and_unknown_chips_are_refused(cfg, monkeypatch):
 def test_the_command_plans_for_a_slice_that_is_not_here(tmp_path):
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "jaxlm.cli", "plan", "--config", str(ROOT / "configs/quickstart.py")]
-    command += ["--topology", "v5e:2x2", "--json", str(out), "--quick", "--no-batch"]
+    command += ["--topology", "v5e:2x2", "--json", str(out), "--quick"]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 devices, TPU v5 lite" in done.stdout and "of 16.0 GiB: fits" in done.stdout
-    assert "--quick" in json.loads(out.read_text())["arguments"]
+    plan = json.loads(out.read_text())
+    assert plan["largest_batch"] > 8 and "--quick" in plan["arguments"]
     much = [*command, "--config.data.batch_size=65536"]
     done = subprocess.run(much, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "DOES NOT FIT" in done.stderr and "Take more devices" in done.stderr
