@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from functools import partial
 
@@ -12,8 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.ops.platform import compiling_for
 from jaxlm.ops.token_stats import token_stats, token_stats_sharded
 
+tiles = importlib.import_module("jaxlm.ops.token_stats.tiled")
 ALL = ("logprob", "entropy", "logsumexp")
 B, T, D, V = 8, 6, 8, 40
 OPTIONS = {"temperature": 0.7, "soft_cap": 3.0, "outputs": ALL}
@@ -87,6 +90,48 @@ def test_a_table_split_over_its_width_is_never_whole(data, tensor):
     text = run.lower(*with_axes).compile().as_text()
     assert "reduce-scatter" in text and "all-gather" in text
     assert not re.search(rf"\[{4400 // tensor},{D}\]", text)
+
+
+@pytest.mark.parametrize("width_axis", [None, pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab, dtype", [(400, jnp.float32), (528, jnp.bfloat16)])
+def test_a_kernel_on_every_device_gives_the_numbers_of_one(vocab, dtype, width_axis, monkeypatch):
+    monkeypatch.setattr(tiles, "KERNEL_COPY", 128 * D * 4)  # two blocks or three on each device, the last one ragged
+    mesh = make_mesh(4, 2)
+    hidden, unembed, _, targets = problem(vocab, dtype)
+    targets = targets.at[0, 0].set(vocab // 2 + 3).at[0, 1].set(vocab // 2 - 1).at[1, 1].set(vocab).at[2, 2].set(-1)
+    mask = (jnp.arange(B * T).reshape(B, T) % 5 != 0).at[1, 1].set(False).at[2, 2].set(False)
+    arguments = (hidden, unembed, None, targets, mask)
+
+    def without_bias(function, **more):
+        return lambda *arrays, bias, mask: function(*arrays, mask=mask, **OPTIONS, **more)
+
+    split = dict(mesh=mesh, token_axes=("data", None), vocab_axis="tensor", width_axis=width_axis)
+    run = without_bias(token_stats_sharded, implementation="pallas_tpu", **split)
+    want = value_and_grad(without_bias(token_stats))(*arguments)
+    assert_close(value_and_grad(run)(*arguments), want, rtol=4e-6 if dtype == jnp.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("platform, kernels", [("tpu", 1), ("cpu", 0)])
+def test_a_tpu_takes_its_kernel_where_it_knows_what_each_device_has(platform, kernels):
+    hidden, unembed, bias, targets = problem()
+    split = dict(mesh=make_mesh(4, 2), token_axes=("data", None), vocab_axis="tensor")
+
+    def calls(function, **options):
+        with compiling_for(platform):  # a new function each time: a trace is kept
+            traced = jax.make_jaxpr(lambda *arrays: function(*arrays, **options))(hidden, unembed, targets)
+        return str(traced).count("pallas_call")
+
+    assert calls(token_stats_sharded, **split) == kernels
+    assert calls(token_stats_sharded, **split, bias=bias) == 0  # which the kernel has not
+    assert calls(token_stats_sharded, **split, outputs=("argmax",)) == 0
+    assert calls(token_stats) == 0  # XLA may split these arrays as it likes
+
+
+def test_an_implementation_of_one_device_is_refused():
+    hidden, unembed, _, targets = problem()
+    with pytest.raises(ValueError, match="expected one of tiled, pallas_tpu, mosaic_gpu, or None, on a mesh; found 'd"):
+        split = dict(mesh=make_mesh(4, 2), token_axes=("data", None), vocab_axis="tensor")
+        token_stats_sharded(hidden, unembed, targets, **split, implementation="dense")
 
 
 def test_a_width_is_split_as_tokens_are():

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping
-from functools import cache, partial
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.platform import platform
+from jaxlm.ops.platform import compiled_ahead
 from jaxlm.ops.token_stats.contract import (
-    Implementation,
     Output,
     TokenStats,
     blank,
@@ -24,12 +21,12 @@ from jaxlm.ops.token_stats.contract import (
     of_tokens,
     silence,
 )
-from jaxlm.ops.token_stats.dense import dense, from_logits
+from jaxlm.ops.token_stats.dense import from_logits
+from jaxlm.ops.token_stats.dispatch import IMPLEMENTATIONS, best, named
 from jaxlm.ops.token_stats.divergence import token_kl
 from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.one_pass import one_pass_nll
 from jaxlm.ops.token_stats.sharded import token_stats_sharded
-from jaxlm.ops.token_stats.tiled import beyond_kernels, tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -41,15 +38,6 @@ __all__ = [
     "token_stats_from_logits",
     "token_stats_sharded",
 ]
-
-IMPLEMENTATIONS: Mapping[str, Implementation] = {
-    "dense": dense,
-    "tiled": tiled,
-    "pallas_tpu": partial(tiled, kernel="pallas_tpu"),
-    "mosaic_gpu": partial(tiled, kernel="mosaic_gpu"),
-}
-"""Every implementation by name; all give the same numbers."""
-
 
 def token_stats(
     hidden: Float[Array, "*tokens D"],
@@ -110,8 +98,10 @@ def token_stats(
     outputs, tokens = check_outputs(outputs), hidden.shape[:-1]
     flat = targets.reshape(-1, *targets.shape[len(tokens) :])
     if implementation is None:
-        implementation = _best(platform(), Head(hidden, unembed, options.bias, None), options.soft_cap, flat, outputs)
-    stats = _implementation(implementation)(
+        head = Head(hidden, unembed, options.bias, None)
+        alone = jax.device_count() == 1 and not compiled_ahead()
+        implementation = best(head, options.soft_cap, flat, outputs, whole=alone)
+    stats = named(implementation)(
         blank(hidden, mask).reshape(-1, hidden.shape[-1]),
         unembed,
         flat,
@@ -151,31 +141,3 @@ def token_stats_from_logits(
         outputs=check_outputs(outputs),
     )
     return silence(of_tokens(stats, targets.shape), mask)
-
-
-def _implementation(name: str) -> Implementation:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, or None, found {name!r}")
-    return IMPLEMENTATIONS[name]
-
-
-def _best(platform_name: str, head: Head, soft_cap: float | None, targets: Array, outputs: tuple[Output, ...]) -> str:
-    """The kernel on one Hopper GPU where it can be had, else `tiled`: BENCHMARKS.md; each logged once."""
-    if platform_name != "gpu" or not _one_hopper():
-        return _announced(platform_name, "tiled")
-    from jaxlm.ops.token_stats import mosaic_gpu  # importing it costs more than all else of this package
-
-    obstacle = mosaic_gpu.obstacle(head, soft_cap) or beyond_kernels(targets, outputs)
-    return _announced(platform_name, "tiled" if obstacle else "mosaic_gpu")
-
-
-def _one_hopper() -> bool:
-    """A kernel is not split over a mesh: with several devices XLA would gather its operands onto each."""
-    devices = jax.devices()
-    return len(devices) == 1 and str(getattr(devices[0], "compute_capability", "")) == "9.0"
-
-
-@cache
-def _announced(platform_name: str, name: str) -> str:
-    logging.getLogger(__name__).info("token_stats on %s: implementation %r", platform_name, name)
-    return name

@@ -32,8 +32,6 @@ CORES = 132
 """Streaming multiprocessors of H100 and H200 (SXM), each of which runs one block."""
 LOWEST = -1e30
 """Stands for a logit that is not there: finite, as 0 * -inf is not a number."""
-WORKSPACE = 512 << 20
-"""Bytes that a copy of unembed in the dtype of hidden may take."""
 
 
 def obstacle(head: Head, soft_cap: float | None) -> str | None:
@@ -44,11 +42,9 @@ def obstacle(head: Head, soft_cap: float | None) -> str | None:
         return "no bias and no soft-cap"
     if head.hidden.dtype not in (jnp.bfloat16, jnp.float16):
         return f"hidden states in bfloat16 or float16, not {head.hidden.dtype}"
-    (vocab, width), copied = head.unembed.shape, head.unembed.dtype != head.hidden.dtype
+    vocab, width = head.unembed.shape[0], head.hidden.shape[-1]
     if width % DEPTH or vocab % 8:
         return f"a width that is a multiple of {DEPTH} and a vocabulary that is one of 8, not {width} and {vocab}"
-    if copied and 2 * vocab * width > WORKSPACE:
-        return f"an unembedding in {head.hidden.dtype}: a copy of it is more than {WORKSPACE >> 20} MiB"
     return None
 
 
@@ -74,7 +70,7 @@ def sums(
     scale = jnp.full(1, math.log2(math.e), jnp.float32)
     scale = scale if head.temperature is None else scale / head.temperature.astype(jnp.float32)
     splits = _call(
-        jnp.pad(head.hidden, ((0, padding), (0, 0))), head.unembed.astype(head.hidden.dtype),
+        jnp.pad(head.hidden, ((0, padding), (0, 0))), head.unembed,
         jnp.pad(targets.astype(jnp.int32), (0, padding)), number, scale, entropy=entropy,
     )[..., :num_tokens]  # fmt: skip
     # What was not computed is no number, and the backward pass takes whole tiles, of other sizes.
@@ -109,7 +105,9 @@ def _call(
     interpret: dict[str, Any] = {} if platform() == "gpu" else {"interpret": plgpu.InterpretGPUParams()}
     return plgpu.kernel(
         partial(_kernel, splits=splits, entropy=entropy),
-        out_type=jax.ShapeDtypeStruct((splits, len(ROWS), len(hidden)), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(
+            (splits, len(ROWS), len(hidden)), jnp.float32, manual_axis_type=jax.typeof(hidden).mat
+        ),
         grid=(CORES // CLUSTER,) if platform() == "gpu" else (1,),
         grid_names=("cluster",),
         cluster=(CLUSTER,),

@@ -22,6 +22,8 @@ from jaxlm.ops.token_stats.contract import (
     of_tokens,
     silence,
 )
+from jaxlm.ops.token_stats.dispatch import KERNELS, best
+from jaxlm.ops.token_stats.head import Head
 from jaxlm.ops.token_stats.tiled import tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
@@ -42,6 +44,7 @@ def token_stats_sharded(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     outputs: Collection[Output] = ("logprob", "entropy"),
+    implementation: str | None = None,
 ) -> TokenStats:
     """`token_stats` on a mesh: value and gradient are those of one device.
 
@@ -53,7 +56,7 @@ def token_stats_sharded(
     mesh: the mesh. token_axes: the mesh axes over which B and T are split, as in a PartitionSpec: each a name, a tuple
     of names, or None. vocab_axis: the mesh axis over which V is split, or None. width_axis: that over which D of
     unembed is split, or None; one of the token axes, whose devices hold different tokens. All other arguments, the
-    result (split like the tokens) and the numerics are those of `token_stats`, computed by its `tiled` implementation.
+    result (split like the tokens) and the numerics are those of `token_stats`; implementation: any but "dense".
     Axes of the mesh that are named nowhere hold copies. Call it inside `jax.jit` on a mesh with Auto axes.
 
     Source: the vocabulary-parallel softmax of Shoeybi et al. 2019, arXiv:1909.08053, section 3, with the entropy's
@@ -72,16 +75,24 @@ def token_stats_sharded(
         unembed, bias=bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, valid_vocab=valid_vocab
     )
 
+    if implementation not in (None, "tiled", *KERNELS):
+        known = ", ".join(("tiled", *KERNELS))
+        raise ValueError(f"implementation: expected one of {known}, or None, on a mesh; found {implementation!r}")
+
     def local(hidden, unembed, targets, mask, bias, temperature):
         start = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * unembed.shape[0]
+        flat = targets.reshape(-1, *targets.shape[2:]) - start
+        here = Head(hidden, unembed, bias, None)
+        chosen = implementation or best(here, options.soft_cap, flat, outputs, whole=True)
         stats = tiled(
             hidden.reshape(-1, hidden.shape[-1]),
             unembed,
-            targets.reshape(-1, *targets.shape[2:]) - start,
+            flat,
             mask=None if mask is None else mask.reshape(-1),
             outputs=outputs,
             axis=vocab_axis,
             width_axis=width_axis,
+            kernel=KERNELS.get(chosen),
             **Options(bias, temperature, options.soft_cap)._asdict(),
         )
         return of_tokens(stats, targets.shape[:2])

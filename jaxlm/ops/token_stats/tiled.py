@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from jaxlm.ops.token_stats.head import (
     logit_gradient,
     product,
     project,
+    rebase,
     take_rows,
     target_logit,
     times_log,
@@ -53,6 +55,9 @@ TILE_ROWS = {"cpu": 128, "tpu": 512, "gpu": 1024}
 MOST_TILES = 16
 """Into how many tiles tokens are cut where masked ones are skipped: what is rounded up is a sixteenth at most."""
 
+
+KERNEL_COPY = 256 << 20
+"""Bytes of a block of unembed that is cast or gathered for a kernel."""
 
 Kernel = Literal["pallas_tpu", "mosaic_gpu"]
 
@@ -119,6 +124,11 @@ def beyond_kernels(targets: Int[Array, "N *K"], outputs: tuple[Output, ...]) -> 
     return " and ".join(lacking) or ("several targets of a token" if targets.ndim > 1 else None)
 
 
+def module_of(kernel: str) -> ModuleType:
+    """The module of a kernel, with `sums` and `obstacle`; importing one costs more than all else of this package."""
+    return importlib.import_module(f"jaxlm.ops.token_stats.{kernel}")
+
+
 def _run(
     plan: _Plan, tokens: tuple[Array, Array], unembed: Array, bias: Array | None, temperature: Array | None,
     count: Array | None,
@@ -155,7 +165,7 @@ def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
     sums = (_streamed if plan.kernel is None else _in_kernel)(plan, head, targets, count)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
-        sums, known = _join(sums, known, plan.axis, vocab)
+        sums, known = _over_shards(sums, known, plan.axis, vocab)
     stats, log_total, shift = finish(sums, known, plan.outputs)
     return stats, (head, targets, count, known, sums.maximum, log_total, shift)
 
@@ -167,16 +177,42 @@ def _streamed(plan: _Plan, head: Head, targets: Array, count: Array | None) -> S
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _in_kernel(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
-    # Importing one costs more than all else of this package.
-    module = importlib.import_module(f"jaxlm.ops.token_stats.{plan.kernel}")
+    module = module_of(str(plan.kernel))
     options = dict(soft_cap=plan.soft_cap, entropy="entropy" in plan.outputs)
 
     @jax.custom_batching.sequential_vmap
     def sums(head: Head, targets: Array, count: Array | None) -> Sums:
         return module.sums(head, targets, count, **options)
 
-    found = sums(head, targets, count)
+    def part(start: Array | int, width: int) -> Sums:
+        # Behind the last entry a tile has others, which are none of this block.
+        entry = jnp.where(in_vocabulary(targets - start, width), targets - start, -1)
+        return sums(head._replace(unembed=_block(plan, head, start, width)), entry, count)
+
+    found = _of_parts(part, head.unembed.shape[0], _kernel_block(plan, head))
     return found if "logprob" in plan.outputs else found._replace(target=None)
+
+
+def _kernel_block(plan: _Plan, head: Head) -> int:
+    """Entries of the vocabulary that a kernel is given at once: all, but where they have to be copied for it."""
+    vocab = head.unembed.shape[0]
+    if plan.width_axis is None and head.unembed.dtype == head.hidden.dtype:
+        return vocab
+    most = KERNEL_COPY // (head.hidden.shape[1] * head.hidden.dtype.itemsize) // 128 * 128
+    return min(max(most, 128), vocab)
+
+
+def _of_parts(part: Callable[[Array | int, int], Sums], vocab: int, block: int) -> Sums:
+    """The state over the whole vocabulary from `part(start, width)`, those over blocks of it."""
+    if block == vocab:
+        return part(0, vocab)
+    whole = vocab // block
+    parts = jax.lax.map(lambda i: part(i * block, block), jnp.arange(whole))
+    if vocab % block:
+        last = part(whole * block, vocab % block)
+        parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), parts, last)
+    maximum, found = rebase(parts, partial(jnp.max, axis=0))
+    return jax.tree.map(partial(jnp.sum, axis=0), found)._replace(maximum=maximum)
 
 
 @_in_kernel.defjvp
@@ -256,25 +292,17 @@ def _put(whole: Array, part: Array, plan: _Plan, t: Array | int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, t * plan.rows, axis=0)
 
 
-def _join(sums: Sums, known: Bool[Array, "N *K"], axis: str, vocab: int) -> tuple[Sums, Bool[Array, "N *K"]]:
+def _over_shards(sums: Sums, known: Bool[Array, "N *K"], axis: str, vocab: int) -> tuple[Sums, Bool[Array, "N *K"]]:
     """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each, and one pmin for
     the argmax. vocab: entries of a shard."""
-    maximum = jax.lax.pmax(sums.maximum, axis)
-    fall = sums.maximum - maximum
-    weight = jnp.exp(fall)
-    parts = {"exp": weight * sums.exp, "known": known.astype(maximum.dtype)}
-    if sums.shifted is not None:
-        parts["shifted"] = weight * (sums.shifted + fall * sums.exp)
-    if sums.target is not None:
-        parts["target"] = sums.target
-    if sums.squares is not None:
-        parts["squares"] = weight**2 * sums.squares
-    parts = jax.lax.psum(parts, axis)
-    known = parts.pop("known") > 0
+    highest = sums.maximum
+    maximum, parts = rebase(sums, partial(jax.lax.pmax, axis_name=axis))
+    found, present = jax.lax.psum((parts, known.astype(maximum.dtype)), axis)
     if sums.argmax is not None:  # the first of those that have the maximum
         entry = sums.argmax + jax.lax.axis_index(axis) * vocab
-        parts["argmax"] = jax.lax.pmin(jnp.where(fall == 0, entry, jnp.iinfo(entry.dtype).max), axis)
-    return sums._replace(maximum=maximum, **parts), known
+        first = jnp.where(highest == maximum, entry, jnp.iinfo(entry.dtype).max)
+        found = found._replace(argmax=jax.lax.pmin(first, axis))
+    return found._replace(maximum=maximum), present > 0
 
 
 def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None, None]:
