@@ -1,7 +1,6 @@
-"""token_stats compiled for a chip that is not here: that it compiles, and the temporary memory that it takes.
+"""token_stats compiled for a chip that is not here: that it compiles, and the memory and the cycles that it takes.
 
-No time is given: the compiler's cost model counts the body of a loop once, and what it says of one block is of no use
-(for gradients of 8192 x 4096 x 131072 on v5e it is negative).
+Cycles are the compiler's (`jaxlm.bench.cycles`), of TPUs only: to compare programs by, not a time that was measured.
 
 Needs libtpu (pip install 'jaxlm[tpu]'), or for a GPU Python 3.12 and its compiler (pip install 'jaxlm[cuda]').
 """
@@ -9,14 +8,16 @@ Needs libtpu (pip install 'jaxlm[tpu]'), or for a GPU Python 3.12 and its compil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from jaxlm.bench import cycles
 from jaxlm.ops.platform import compiling_for
-from jaxlm.ops.token_stats import token_stats
+from jaxlm.ops.token_stats import pallas_tpu, token_stats
 from jaxlm.sharding.topology import devices_of
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "mosaic_gpu", "gpu": "mosaic_gpu"}
@@ -25,7 +26,7 @@ CALLS = ("tpu_custom_call", "mosaic_gpu")
 
 class Compiled(NamedTuple):
     """A program: temp_bytes beside arguments and results; kernel: it calls one; logits: it has an array of
-    [tokens, vocabulary]."""
+    [tokens, vocabulary]; cycles: of one core, all tokens counting, None where the compiler gives none."""
 
     implementation: str
     masked: bool
@@ -33,23 +34,37 @@ class Compiled(NamedTuple):
     temp_bytes: int
     kernel: bool
     logits: bool
+    cycles: int | None
 
 
 def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
     """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
-    device = devices_of(topology)[0]
-    if device.platform not in KERNELS:
-        raise ValueError(f"--compile-for {topology}: expected a TPU or a GPU, as v5e:2x2 or h200:1x1")
-    for implementation in ("tiled", KERNELS[device.platform]):
-        for masked in (False, True):
-            for direction in ("forward", "gradients"):
-                program = _program(implementation, direction, masked=masked)
-                compiled = _compile(program, device, num_tokens, width, vocab)
-                text = compiled.as_text()
-                logits = any(f"[{a},{b}]" in text for a, b in ((num_tokens, vocab), (vocab, num_tokens)))
-                kernel = any(call in text for call in CALLS)
-                temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-                yield Compiled(implementation, masked, direction, temp_bytes, kernel, logits)
+    with cycles.schedules() as folder:
+        device = devices_of(topology)[0]
+        if device.platform not in KERNELS:
+            raise ValueError(f"--compile-for {topology}: expected a TPU or a GPU, as v5e:2x2 or h200:1x1")
+        for implementation in ("tiled", KERNELS[device.platform]):
+            for masked in (False, True):
+                for direction in ("forward", "gradients"):
+                    program = _program(implementation, direction, masked=masked)
+                    compiled = _compile(program, device, num_tokens, width, vocab)
+                    text = compiled.as_text()
+                    logits = any(f"[{a},{b}]" in text for a, b in ((num_tokens, vocab), (vocab, num_tokens)))
+                    kernel = any(call in text for call in CALLS)
+                    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+                    count = cycles.of_program(text) if device.platform == "tpu" else None
+                    if kernel and count is not None:
+                        of_kernel = _kernel_cycles(folder, device, num_tokens, width, vocab)
+                        count = None if of_kernel is None else count + of_kernel
+                    yield Compiled(implementation, masked, direction, temp_bytes, kernel, logits, count)
+
+
+def _kernel_cycles(folder: Path, device: Any, num_tokens: int, width: int, vocab: int) -> int | None:
+    """Of the TPU kernel; the blocks of tokens are shared out over the cores of a chip."""
+    blocks = pallas_tpu.default_blocks(num_tokens, width, vocab, itemsize=2)
+    steps = -(-num_tokens // blocks.tokens) * -(-vocab // blocks.vocab)
+    count = cycles.of_kernel(folder, "token_stats_forward", steps=steps, ragged=bool(vocab % blocks.vocab))
+    return None if count is None else count // getattr(device, "num_cores", 1)
 
 
 def _program(implementation: str, direction: str, *, masked: bool) -> Callable[..., Any]:
@@ -76,10 +91,10 @@ def _compile(program: Callable[..., Any], device: Any, num_tokens: int, width: i
 
 def table(lines: list[Compiled]) -> str:
     """The programs as a person reads them."""
-    head = f"{'':12}{'':10}{'':8}{'temp MiB':>10}  logits held"
+    head = f"{'':12}{'':10}{'':8}{'temp MiB':>10}{'Mcycles':>10}  logits held"
     rows = [
         f"{x.implementation:12}{x.direction:10}{'masked' if x.masked else '':8}{x.temp_bytes / 2**20:10.1f}"
-        f"  {'yes' if x.logits else 'no'}"
+        f"{'' if x.cycles is None else format(x.cycles / 1e6, '.1f'):>10}  {'yes' if x.logits else 'no'}"
         for x in lines
     ]
     return "\n".join([head, *rows])

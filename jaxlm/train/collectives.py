@@ -48,8 +48,8 @@ class Collective(NamedTuple):
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     """Every collective of the program, in no order."""
-    bodies = _computations(hlo)
-    runs = _runs(bodies)
+    bodies = computations(hlo)
+    runs = run_counts(bodies)
     return [
         _parse(line, found, mesh, times=runs[name])
         for name, line in _links_once(bodies)
@@ -69,7 +69,7 @@ def _links_once(bodies: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
             yield name, line
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def computations(hlo: str) -> dict[str, list[str]]:
     """The lines of each computation, by its name; "ENTRY" for the first that runs."""
     found: dict[str, list[str]] = {}
     current: list[str] = []
@@ -82,7 +82,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
-def _runs(bodies: dict[str, list[str]]) -> collections.Counter[str]:
+def run_counts(bodies: dict[str, list[str]]) -> collections.Counter[str]:
     """How often each computation runs; loops whose count is not known count once."""
     edges = {name: list(_called(lines, bodies)) for name, lines in bodies.items()}
     runs: collections.Counter[str] = collections.Counter()

@@ -146,3 +146,5 @@ def test_it_compiles_for_real_chips_and_holds_no_logits(topology, tmp_path):
         # Workspace, beyond the float32 gradients and the tokens that were moved.
         held = (4 * n * d + 4 * v * d) * (program["direction"] == "gradients") + 4 * n * d * program["masked"]
         assert program["temp_bytes"] <= (512 << 20) + held, program
+    cycles = [program["cycles"] for program in found if not program["masked"]]  # tiled, then the kernel
+    assert cycles[2] < 0.7 * cycles[0] and cycles[3] < 0.95 * cycles[1], cycles

@@ -376,7 +376,8 @@ def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> _Gradient:
     width = head.unembed.shape[0]
     z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, width))
     (du,) = pull(logit_gradient(row, z, targets))
-    narrow = du.astype(head.hidden.dtype)
+    # One array for both products, not two computations of it fused into them.
+    narrow = jax.lax.optimization_barrier(du.astype(head.hidden.dtype))
     return _Gradient(
         hidden=product(head, narrow, head.unembed, ((1,), (0,))),
         unembed=product(head, narrow, head.hidden, ((0,), (0,))),
