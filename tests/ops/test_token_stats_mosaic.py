@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from jaxlm.ops import token_stats as function
-from jaxlm.ops.token_stats import mosaic_gpu, token_stats
+from jaxlm.ops.platform import compiling_for
+from jaxlm.ops.token_stats import dispatch, mosaic_gpu, token_stats, token_stats_sharded
 from jaxlm.ops.token_stats.head import Head
 
 ALL = ("logprob", "entropy", "logsumexp")
@@ -134,17 +136,35 @@ def test_what_it_cannot_do_is_refused(options, match):
         kernel(*problem(8, options.pop("v", 64), **options), soft_cap=soft_cap)
 
 
-def test_it_is_chosen_on_one_hopper_gpu(monkeypatch):
-    module = sys.modules[function.__module__]
+def test_it_is_chosen_on_hopper_gpus(monkeypatch):
     hidden, unembed, targets = problem(8, 64)
-    monkeypatch.setattr(module, "_one_hopper", lambda: True)
-    plain = Head(hidden, unembed, None, None), None, targets, ("logprob", "entropy")
-    assert module._best("gpu", *plain) == "mosaic_gpu"
-    assert module._best("gpu", plain[0], 30.0, *plain[2:]) == "tiled"
-    assert module._best("gpu", *plain[:3], ("logprob", "argmax")) == "tiled"
-    assert module._best("gpu", *plain[:2], targets[:, None], plain[3]) == "tiled"
-    monkeypatch.setattr(module, "_one_hopper", lambda: False)
-    assert module._best("gpu", *plain) == "tiled"
+    monkeypatch.setattr(dispatch, "_hopper", lambda: True)
+
+    def chosen(outputs=("logprob", "entropy"), targets=targets, soft_cap=None, whole=True, platform="gpu"):
+        with compiling_for(platform):
+            return dispatch.best(Head(hidden, unembed, None, None), soft_cap, targets, outputs, whole=whole)
+
+    assert chosen() == "mosaic_gpu"
+    others = {"soft_cap": 30.0}, {"outputs": ("argmax",)}, {"targets": targets[:, None]}, {"whole": False}
+    assert [chosen(**other) for other in (*others, {"platform": "cpu"})] == ["tiled"] * 5
+    monkeypatch.setattr(dispatch, "_hopper", lambda: False)
+    assert chosen() == "tiled"
+
+
+@pytest.mark.parametrize("width_axis", [None, "data"])
+def test_in_blocks_where_the_unembedding_is_cast_or_gathered(width_axis, monkeypatch):
+    # One device: the interpreter keeps one memory for all of them.
+    monkeypatch.setattr(importlib.import_module("jaxlm.ops.token_stats.tiled"), "KERNEL_COPY", 256 * 64 * 2)
+    hidden, unembed, targets = problem(192, 520)  # blocks of 256, 256 and 8
+    mask = jnp.arange(192).reshape(2, 96) % 5 != 0
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    got = jax.jit(partial(
+        token_stats_sharded, mask=mask, mesh=mesh, token_axes=("data", None), vocab_axis="tensor",
+        width_axis=width_axis, outputs=ALL, implementation="mosaic_gpu",
+    ))(hidden.reshape(2, 96, 64), unembed.astype(jnp.float32), targets.reshape(2, 96))  # fmt: skip
+    for a, b in zip(got, exact(hidden, unembed, targets)):
+        kept = np.asarray(mask)
+        np.testing.assert_allclose(np.asarray(a)[kept], b.reshape(2, 96)[kept], atol=5e-5, rtol=0)
 
 
 @pytest.mark.slow
