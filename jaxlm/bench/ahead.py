@@ -8,7 +8,6 @@ Needs libtpu (pip install 'jaxlm[tpu]'), or for a GPU Python 3.12 and its compil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.bench import cycles
 from jaxlm.ops.platform import compiling_for
-from jaxlm.ops.token_stats import pallas_tpu, token_stats
+from jaxlm.ops.token_stats import token_stats
 from jaxlm.sharding.topology import devices_of
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "mosaic_gpu", "gpu": "mosaic_gpu"}
@@ -39,32 +38,26 @@ class Compiled(NamedTuple):
 
 def compile_for(topology: str, *, num_tokens: int, width: int, vocab: int) -> Iterator[Compiled]:
     """Every implementation and direction for one chip of the topology, with and without a mask, in bfloat16."""
-    with cycles.schedules() as folder:
-        device = devices_of(topology)[0]
-        if device.platform not in KERNELS:
-            raise ValueError(f"--compile-for {topology}: expected a TPU or a GPU, as v5e:2x2 or h200:1x1")
-        for implementation in ("tiled", KERNELS[device.platform]):
-            for masked in (False, True):
-                for direction in ("forward", "gradients"):
-                    program = _program(implementation, direction, masked=masked)
-                    compiled = _compile(program, device, num_tokens, width, vocab)
-                    text = compiled.as_text()
-                    logits = any(f"[{a},{b}]" in text for a, b in ((num_tokens, vocab), (vocab, num_tokens)))
-                    kernel = any(call in text for call in CALLS)
-                    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-                    count = cycles.of_program(text) if device.platform == "tpu" else None
-                    if kernel and count is not None:
-                        of_kernel = _kernel_cycles(folder, device, num_tokens, width, vocab)
-                        count = None if of_kernel is None else count + of_kernel
-                    yield Compiled(implementation, masked, direction, temp_bytes, kernel, logits, count)
-
-
-def _kernel_cycles(folder: Path, device: Any, num_tokens: int, width: int, vocab: int) -> int | None:
-    """Of the TPU kernel; the blocks of tokens are shared out over the cores of a chip."""
-    blocks = pallas_tpu.default_blocks(num_tokens, width, vocab, itemsize=2)
-    steps = -(-num_tokens // blocks.tokens) * -(-vocab // blocks.vocab)
-    count = cycles.of_kernel(folder, "token_stats_forward", steps=steps, ragged=bool(vocab % blocks.vocab))
-    return None if count is None else count // getattr(device, "num_cores", 1)
+    device = devices_of(topology)[0]
+    if device.platform not in KERNELS:
+        raise ValueError(f"--compile-for {topology}: expected a TPU or a GPU, as v5e:2x2 or h200:1x1")
+    size = dict(num_tokens=num_tokens, width=width, vocab=vocab)
+    # The blocks of tokens are shared out over the cores of a chip.
+    of_kernel = cycles.of_kernel(topology, **size) if device.platform == "tpu" else None
+    shared = None if of_kernel is None else of_kernel // getattr(device, "num_cores", 1)
+    for implementation in ("tiled", KERNELS[device.platform]):
+        for masked in (False, True):
+            for direction in ("forward", "gradients"):
+                program = _program(implementation, direction, masked=masked)
+                compiled = _compile(program, device, **size)
+                text = compiled.as_text()
+                logits = any(f"[{a},{b}]" in text for a, b in ((num_tokens, vocab), (vocab, num_tokens)))
+                kernel = any(call in text for call in CALLS)
+                temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+                count = cycles.of_program(text) if device.platform == "tpu" else None
+                if kernel and count is not None:
+                    count = None if shared is None else count + shared
+                yield Compiled(implementation, masked, direction, temp_bytes, kernel, logits, count)
 
 
 def _program(implementation: str, direction: str, *, masked: bool) -> Callable[..., Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from jaxlm.bench.cycles import of_kernel, of_program, schedules
+from jaxlm.bench.cycles import of_program, scheduled
 
 PROGRAM = """HloModule m
 
@@ -37,18 +35,11 @@ def test_what_a_loop_runs_counts_as_often():
     assert of_program(PROGRAM.replace('"11"', f'"{2**63 - 1}"')) is None
 
 
-def test_a_kernel_runs_its_schedule_once_a_step(tmp_path):
-    assert of_kernel(tmp_path, "forward", steps=3, ragged=False) is None
+def test_a_step_of_a_kernel_is_as_long_as_its_schedule(tmp_path):
+    assert scheduled(tmp_path, "forward", ragged=False) is None
     (tmp_path / "1-forward.1-72-final_bundles.txt").write_text(bundles(5, 900))
     (tmp_path / "2-forward.1-71-schedule-analysis_final_bundles.txt").write_text("total scheduled bundles: 1")
     whole = 16 + 5 + 900 + 4 + 1
-    assert of_kernel(tmp_path, "forward", steps=3, ragged=False) == 3 * whole
+    assert scheduled(tmp_path, "forward", ragged=False) == whole
     (tmp_path / "3-forward.1-72-final_bundles.txt").write_text(bundles(5, 900, 800))  # the one that was compiled last
-    assert of_kernel(tmp_path, "forward", steps=3, ragged=True) == 3 * whole
-
-
-def test_libtpu_is_told_where_to_write_and_keeps_what_it_was_told(monkeypatch):
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
-    with schedules() as folder:
-        assert os.environ["LIBTPU_INIT_ARGS"].startswith(f"--other=1 --xla_jf_dump_to={folder} ")
-    assert os.environ["LIBTPU_INIT_ARGS"] == "--other=1" and not folder.exists()
+    assert scheduled(tmp_path, "forward", ragged=True) == whole

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlm.ops import token_stats as token_stats_eager
-from jaxlm.ops.token_stats import _announced, token_stats_from_logits
+from jaxlm.ops.token_stats import token_stats_from_logits
+from jaxlm.ops.token_stats.dispatch import _announced
 from jaxlm.ops.token_stats.tiled import default_block, tiled
 
 ALL = ("logprob", "entropy", "logsumexp")

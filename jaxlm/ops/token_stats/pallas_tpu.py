@@ -42,6 +42,10 @@ class Blocks(NamedTuple):
         operands = 2 * (self.tokens + self.vocab) * width * itemsize
         return operands + 5 * 4 * self.tokens * self.vocab + 3 * 4 * SUBLANES * self.tokens
 
+    def steps(self, num_tokens: int, vocab: int) -> int:
+        """Of the grid."""
+        return -(-num_tokens // self.tokens) * -(-vocab // self.vocab)
+
 
 def default_blocks(num_tokens: int, width: int, vocab: int, itemsize: int) -> Blocks:
     """The largest tile within the budget, tokens first: each token block reads the whole vocabulary once.
