@@ -39,6 +39,7 @@ __all__ = [
     "token_stats_sharded",
 ]
 
+
 def token_stats(
     hidden: Float[Array, "*tokens D"],
     unembed: Float[Array, "V D"],
