@@ -39,7 +39,7 @@ def best(head: Head, soft_cap: float | None, targets: Array, outputs: tuple[Outp
     would gather them onto each.
     """
     name = platform()
-    kernel = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu" if _hopper() else None}.get(name)
+    kernel = "pallas_tpu" if name == "tpu" else "mosaic_gpu" if name == "gpu" and _hopper() else None
     if kernel is None or not whole or beyond_kernels(targets, outputs):
         return _announced(name, "tiled")
     return _announced(name, "tiled" if module_of(kernel).obstacle(head, soft_cap) else kernel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,19 +74,6 @@ def finish(
         log_sum_squares=None if sums.squares is None else _log_sum_squares(sums.squares, log_total),
     )
     return stats, log_total, shift
-
-
-def rebase(sums: Sums, most: Callable[[Array], Array]) -> tuple[Array, Sums]:
-    """States over parts of the vocabulary, made ready to be added up: their `most`, and each relative to that.
-
-    most: from the maxima of the parts to that of all. Of the result's states the maximum and the argmax are None.
-    """
-    maximum = most(sums.maximum)
-    fall = sums.maximum - maximum
-    weight = jnp.exp(fall)
-    shifted = None if sums.shifted is None else weight * (sums.shifted + fall * sums.exp)
-    squares = None if sums.squares is None else weight**2 * sums.squares
-    return maximum, Sums(None, weight * sums.exp, shifted, sums.target, squares)  # type: ignore[arg-type]
 
 
 def _log_sum_squares(squares: Float[Array, "N"], log_total: Float[Array, "N"]) -> Float[Array, "N"]:

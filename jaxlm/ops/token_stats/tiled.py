@@ -38,12 +38,12 @@ from jaxlm.ops.token_stats.head import (
     logit_gradient,
     product,
     project,
-    rebase,
     take_rows,
     target_logit,
     times_log,
     wide_dtype,
 )
+from jaxlm.ops.token_stats.join import of_parts, over_shards
 from jaxlm.typing import Array, Bool, Float, Int
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "tpu": 1 << 23, "gpu": 3 << 24}
@@ -165,7 +165,7 @@ def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
     sums = (_streamed if plan.kernel is None else _in_kernel)(plan, head, targets, count)
     known = in_vocabulary(targets, vocab)
     if plan.axis is not None:
-        sums, known = _over_shards(sums, known, plan.axis, vocab)
+        sums, known = over_shards(sums, known, plan.axis, vocab)
     stats, log_total, shift = finish(sums, known, plan.outputs)
     return stats, (head, targets, count, known, sums.maximum, log_total, shift)
 
@@ -189,7 +189,7 @@ def _in_kernel(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
         entry = jnp.where(in_vocabulary(targets - start, width), targets - start, -1)
         return sums(head._replace(unembed=_block(plan, head, start, width)), entry, count)
 
-    found = _of_parts(part, head.unembed.shape[0], _kernel_block(plan, head))
+    found = of_parts(part, head.unembed.shape[0], _kernel_block(plan, head))
     return found if "logprob" in plan.outputs else found._replace(target=None)
 
 
@@ -200,19 +200,6 @@ def _kernel_block(plan: _Plan, head: Head) -> int:
         return vocab
     most = KERNEL_COPY // (head.hidden.shape[1] * head.hidden.dtype.itemsize) // 128 * 128
     return min(max(most, 128), vocab)
-
-
-def _of_parts(part: Callable[[Array | int, int], Sums], vocab: int, block: int) -> Sums:
-    """The state over the whole vocabulary from `part(start, width)`, those over blocks of it."""
-    if block == vocab:
-        return part(0, vocab)
-    whole = vocab // block
-    parts = jax.lax.map(lambda i: part(i * block, block), jnp.arange(whole))
-    if vocab % block:
-        last = part(whole * block, vocab % block)
-        parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), parts, last)
-    maximum, found = rebase(parts, partial(jnp.max, axis=0))
-    return jax.tree.map(partial(jnp.sum, axis=0), found)._replace(maximum=maximum)
 
 
 @_in_kernel.defjvp
@@ -290,19 +277,6 @@ def _rows(x: Array, plan: _Plan, t: Array | int) -> Array:
 
 def _put(whole: Array, part: Array, plan: _Plan, t: Array | int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, t * plan.rows, axis=0)
-
-
-def _over_shards(sums: Sums, known: Bool[Array, "N *K"], axis: str, vocab: int) -> tuple[Sums, Bool[Array, "N *K"]]:
-    """The state over the whole vocabulary from that of each shard: one pmax and one psum, of [N] each, and one pmin for
-    the argmax. vocab: entries of a shard."""
-    highest = sums.maximum
-    maximum, parts = rebase(sums, partial(jax.lax.pmax, axis_name=axis))
-    found, present = jax.lax.psum((parts, known.astype(maximum.dtype)), axis)
-    if sums.argmax is not None:  # the first of those that have the maximum
-        entry = sums.argmax + jax.lax.axis_index(axis) * vocab
-        first = jnp.where(highest == maximum, entry, jnp.iinfo(entry.dtype).max)
-        found = found._replace(argmax=jax.lax.pmin(first, axis))
-    return found._replace(maximum=maximum), present > 0
 
 
 def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Head, None, None]:
