@@ -37,5 +37,6 @@ def get_config(pairs: str = "pairs.jsonl.gz") -> ConfigDict:
     config.reference = "cached"
     config.optim = dict(name="adamw", learning_rate=5e-7, warmup_steps=50, weight_decay=0.0, schedule="cosine")
     config.train = dict(num_steps=1000, eval_every=200, checkpoint_every=200, log_every=10)
+    config.train.sparse_core = True  # where there are some: v5e, which the plan above is for, has none
     config.mesh = dict(fsdp=64)
     return config

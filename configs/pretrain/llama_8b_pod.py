@@ -34,5 +34,6 @@ def get_config(corpus: str = "corpus/*.jsonl.gz") -> ConfigDict:
     )
     config.optim = dict(name="adamw", learning_rate=3e-4, warmup_steps=2000, schedule="cosine")
     config.train = dict(num_steps=50_000, num_microbatches=4, z_loss=1e-4, eval_every=1000, checkpoint_every=500)
+    config.train.sparse_core = True  # collectives beside the products, and scatters that stay scatters
     config.mesh = dict(fsdp=128)
     return config

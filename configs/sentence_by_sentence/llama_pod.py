@@ -33,6 +33,7 @@ def get_config(data: str = "") -> ConfigDict:
     config.num_sentences = 16
     config.lora = dict(rank=256, alpha=1024.0)
     config.mesh = dict(fsdp=64)
+    config.sparse_core = True
     config.stages = dict(
         cot=dict(num_steps=400, learning_rate=1e-5, warmup_steps=40),
         contextual=dict(num_steps=1000, learning_rate=1e-4, warmup_steps=100),

@@ -107,7 +107,7 @@ class Config:
     output's cosine with the one before it is beyond; rows that the classifier ends are there where it was trained.
     evals: validations of a stage, the best of which is kept. lens: test questions of which lens.html shows every layer
     of the first latent. lora: adapters for the stages after cot, whose model is then frozen (mappers are trained whole;
-    curricula have none). bucket: as in a TrainConfig. seed: of parameters and dropout.
+    curricula have none). bucket, sparse_core: as in a TrainConfig. seed: of parameters and dropout.
     """
 
     run_dir: str
@@ -129,6 +129,7 @@ class Config:
     lens: int = 0
     evals: int = 4
     bucket: str | None = None
+    sparse_core: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

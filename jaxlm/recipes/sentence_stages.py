@@ -272,6 +272,7 @@ class Stages:
             train=TrainConfig(
                 num_steps=stage.num_steps, log_every=20, eval_every=every, checkpoint_every=every,
                 best_metric=f"validation/{way.best}", best_mode="max", seed=cfg.seed, bucket=cfg.bucket,
+                sparse_core=cfg.sparse_core,
             ),
             optim=OptimConfig(
                 learning_rate=stage.learning_rate, schedule="linear", warmup_steps=stage.warmup_steps,

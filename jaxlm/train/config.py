@@ -18,7 +18,8 @@ class TrainConfig:
     stall_s: seconds without a step after which the stacks of all threads are written down, see `jaxlm.train.heartbeat`;
     stall_ends: whether the process then ends, for its launcher to start the run again. bucket: gs://name/prefix, where
     checkpoints go in place of run_dir, for machines whose disks go with them, see `jaxlm.train.bucket`. wandb_project:
-    where metrics go too, on Weights & Biases (None: nowhere else).
+    where metrics go too, on Weights & Biases (None: nowhere else). sparse_core: whether the collectives of the step run
+    on the SparseCores of TPUs that have them, see `jaxlm.train.sparse_core`.
     """
 
     num_steps: int
@@ -37,6 +38,7 @@ class TrainConfig:
     stall_ends: bool = False
     bucket: str | None = None
     wandb_project: str | None = None
+    sparse_core: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_skipped_in_a_row"):

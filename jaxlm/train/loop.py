@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxlm.train.metrics import Sink
 from jaxlm.train.progress import Throughput
 from jaxlm.train.record import MAY_CHANGE
 from jaxlm.train.run import Batches, Run
+from jaxlm.train.sparse_core import compiler_options
 from jaxlm.typing import Batch, Metrics
 
 __all__ = ["Result", "TrainConfig", "TrainStep", "compile_ahead", "train"]
@@ -109,7 +111,8 @@ def train(
             batch = place(run.next_batch(data, step))
             if step_fn is None:
                 with run.compiling():
-                    compile_ = compile_step or (debug.compile_watched if debug.enabled() else compile_ahead)
+                    ahead = partial(compile_ahead, sparse_core=cfg.sparse_core)
+                    compile_ = compile_step or (debug.compile_watched if debug.enabled() else ahead)
                     step_fn = compile_(train_step, state, batch)
             run.profiler.before(step)
             state, metrics = step_fn(state, batch)
@@ -117,17 +120,21 @@ def train(
         return Result(state, cfg.num_steps, run.latest)
 
 
-def compile_ahead(train_step: TrainStep, state: Any, batch: Batch) -> TrainStep:
+def compile_ahead(train_step: TrainStep, state: Any, batch: Batch, *, sparse_core: bool = False) -> TrainStep:
     """The step compiled for these very shapes and shardings; any other is an error, never a second compilation.
 
     The state is donated, and comes back with the shardings that it had. Where jit is disabled, the step itself.
+    sparse_core: see `jaxlm.train.sparse_core`.
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # which the ahead-of-time calls below would not heed
         return train_step
-    return lower_ahead(train_step, state, batch).compile()
+    return lower_ahead(train_step, state, batch, sparse_core=sparse_core).compile()
 
 
-def lower_ahead(train_step: TrainStep, state: Any, batch: Batch) -> Any:
+def lower_ahead(train_step: TrainStep, state: Any, batch: Batch, *, sparse_core: bool = False) -> Any:
     """The step lowered for arrays, or for `jax.ShapeDtypeStruct` with shardings of devices that are not here."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    options = compiler_options(device) if sparse_core else {}
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    return step.lower(state, batch)

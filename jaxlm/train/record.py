@@ -22,7 +22,7 @@ FILE = "run.json"
 MAY_CHANGE = (
     "*num_steps", "*log_every", "*eval_every", "*checkpoint_every", "*keep_last", "*best_metric", "*best_mode",
     "*max_skipped_in_a_row", "*stall_s", "*stall_ends", "*wandb_project", "profile.*",
-    "*num_threads", "*cache_dir", "*run_dir", "*bucket", "mesh.*", "runtime.*",
+    "*num_threads", "*cache_dir", "*run_dir", "*bucket", "*sparse_core", "mesh.*", "runtime.*",
 )  # fmt: skip
 """Config fields that a resumed run may change, as patterns of dotted names: they alter no earlier number, only what
 comes after (how long, how often, where). A schedule that depends on num_steps does go on along its new curve."""
