@@ -38,10 +38,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.ops.platform import compiling_for
+from jaxlm.ops.platform import compiling_for, use_kernels
 from jaxlm.recipes.describe import bytes_text
 from jaxlm.recipes.plan_work import make_work
-from jaxlm.recipes.train import load_recipe
+from jaxlm.recipes.train import NO_KERNELS, load_recipe
 from jaxlm.recipes.wiring import make_step
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_parts
@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-batch", action="store_true", help=more)
     less = "let the compiler take the least pains: half the time for TPUs; memory may be a fifth less or more"
     parser.add_argument("--quick", action="store_true", help=less)
+    parser.add_argument("--no-kernels", action="store_true", help=NO_KERNELS)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plan there")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw memory and times")
 
@@ -106,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
     cfg = recipe.resolve(cfg)
     if (args.topology is None) == (args.scale is None):
         raise ValueError("give either --topology, or --scale with several of them")
+    use_kernels(not args.no_kernels)
     if args.quick:
         jax.config.update("jax_optimization_level", "O0")
         jax.config.update("jax_memory_fitting_level", "O0")
@@ -136,6 +138,7 @@ def again(args: argparse.Namespace) -> list[str]:
     given += ["--slices", str(args.slices)] if args.slices != 1 else []
     given += ["--stage", args.stage] if args.stage else []
     given += ["--quick"] if args.quick else []
+    given += ["--no-kernels"] if args.no_kernels else []
     given += ["--generate", *map(str, args.generate)] if args.generate else []
     return [*given, *(f"--config.{change}" for change in args.overrides)]
 
@@ -188,11 +191,12 @@ def _search(cfg: Any, found: Sequence[Any], compiles: int) -> int:
 def make_plan(cfg: Any, found: Sequence[Any], stage: str | None = None) -> Plan:
     """The plan of a resolved config on those devices, which need not be here."""
     start = time.perf_counter()
-    with compiling_for(found[0].platform):
+    with compiling_for(found[0].platform, found):
         work, mesh = make_work(cfg, found, stage)
         step = make_step(work.run, work.spec, work.loss, mesh=mesh, row_keys=work.row_keys)
         state = step.abstract.replace(frozen=work.frozen)  # type: ignore[attr-defined]
-        compiled = compile_lowered(lower_ahead(step.run, state, work.batch), TRAINING_ADVICE)
+        lowered = lower_ahead(step.run, state, work.batch, sparse_core=work.run.train.sparse_core)
+        compiled = compile_lowered(lowered, TRAINING_ADVICE)
     memory = {
         "parameters": held(state.params),
         "optimizer": held(state.opt_state),

@@ -48,7 +48,7 @@ def make_plans(cfg: Any, found: Sequence[Any], load: Load) -> dict[str, Plan]:
             f"most {model.max_length} positions together (model.max_length)"
         )
     model = dataclasses.replace(model, dropout=0.0)
-    with compiling_for(found[0].platform):
+    with compiling_for(found[0].platform, found):
         mesh = make_mesh(cfg.mesh, found)
         programs = _Programs(model, mesh, load)
         return {"prefill": programs.prefill(), "decode": programs.decode()}

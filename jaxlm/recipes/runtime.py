@@ -8,20 +8,23 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.ops.platform import use_kernels
 from jaxlm.recipes.roll_call import roll_call
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Settings of the process, not of the run: none of them changes a number that the run computes.
+    """Settings of the process, not of the run: none of them changes a number that the run computes, but by rounding.
 
     simulated_devices: that many CPU devices in place of the real ones. debug: see `jaxlm.train.debug`. jit False:
-    plain Python stepping, for print and pdb.
+    plain Python stepping, for print and pdb. kernels False: no compiled kernel of token_stats and attention, only what
+    XLA makes of them, to see whether one is to blame.
     """
 
     simulated_devices: int | None = None
     debug: bool = False
     jit: bool = True
+    kernels: bool = True
 
 
 JOIN_TIMEOUT = 300
@@ -98,6 +101,7 @@ def configure(runtime: Runtime) -> None:
     jax.config.update("jax_compilation_cache_dir", str(compile_cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_disable_jit", not runtime.jit)
+    use_kernels(runtime.kernels)
     jax.config.update("jax_debug_nans", runtime.debug or jax.config.jax_debug_nans)  # type: ignore[attr-defined]
     if several_processes() or on_tpu():
         join()

@@ -33,6 +33,8 @@ from jaxlm.recipes.shrink import num_devices
 from jaxlm.recipes.shrink import shrink as shrink_model
 from jaxlm.train.bucket import Copies, home
 
+NO_KERNELS = "leave token_stats and attention to XLA, without compiled kernels: to see whether one is to blame"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxlm train`."""
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "show stacks of errors",
     )
     parser.add_argument("--no-jit", action="store_true", help="with --debug: no compilation, for print and pdb")
+    parser.add_argument("--no-kernels", action="store_true", help=NO_KERNELS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,7 +61,10 @@ def main(args: argparse.Namespace) -> int:
         cfg = shrink(recipe, cfg)
         devices = devices or (num_devices(cfg.mesh) if hasattr(cfg, "mesh") else None)
     bucket = bucket_of(cfg)
-    configure(Runtime(simulated_devices=devices, debug=args.debug, jit=not args.no_jit))
+    runtime = Runtime(
+        simulated_devices=devices, debug=args.debug, jit=not args.no_jit, kernels=not args.no_kernels
+    )
+    configure(runtime)
     recipe.run(cfg)
     if bucket is not None and jax.process_index() == 0:  # what the recipe has made since the last save, plots and all
         Copies(Path(cfg.run_dir), home(cfg.run_dir, bucket)).update()

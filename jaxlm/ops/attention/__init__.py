@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Literal
 
 from jaxlm.ops.attention import blockwise, cudnn, reference, splash
-from jaxlm.ops.platform import platform
+from jaxlm.ops.platform import kernels_wanted, platform
 from jaxlm.typing import Array, Constrain, Float, Int
 
 Implementation = Literal["reference", "blockwise", "cudnn", "splash"]
@@ -96,7 +96,7 @@ def _best(num_queries: int, num_keys: int, kernels: Collection[str] = ()) -> str
     """The platform's kernel where it can; else tiles as far as the lengths allow: on CPUs always, where they are both
     faster and smaller, and elsewhere where all logits at once would be more than memory can be spent on."""
     kernel = kernel_of(platform())
-    if kernel is not None and kernel in kernels:
+    if kernel is not None and kernel in kernels and kernels_wanted():
         return kernel
     if not blockwise.fits(num_queries, num_keys):
         return "reference"

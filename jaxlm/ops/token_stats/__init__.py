@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.platform import compiled_ahead
+from jaxlm.ops.platform import devices
 from jaxlm.ops.token_stats.contract import (
     Output,
     TokenStats,
@@ -100,8 +99,7 @@ def token_stats(
     flat = targets.reshape(-1, *targets.shape[len(tokens) :])
     if implementation is None:
         head = Head(hidden, unembed, options.bias, None)
-        alone = jax.device_count() == 1 and not compiled_ahead()
-        implementation = best(head, options.soft_cap, flat, outputs, whole=alone)
+        implementation = best(head, options.soft_cap, flat, outputs, whole=len(devices()) == 1)
     stats = named(implementation)(
         blank(hidden, mask).reshape(-1, hidden.shape[-1]),
         unembed,

@@ -6,9 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import cache, partial
 
-import jax
-
-from jaxlm.ops.platform import platform
+from jaxlm.ops.platform import devices, kernels_wanted, platform
 from jaxlm.ops.token_stats.contract import Implementation, Output
 from jaxlm.ops.token_stats.dense import dense
 from jaxlm.ops.token_stats.head import Head
@@ -40,13 +38,13 @@ def best(head: Head, soft_cap: float | None, targets: Array, outputs: tuple[Outp
     """
     name = platform()
     kernel = "pallas_tpu" if name == "tpu" else "mosaic_gpu" if name == "gpu" and _hopper() else None
-    if kernel is None or not whole or beyond_kernels(targets, outputs):
+    if kernel is None or not kernels_wanted() or not whole or beyond_kernels(targets, outputs):
         return _announced(name, "tiled")
     return _announced(name, "tiled" if module_of(kernel).obstacle(head, soft_cap) else kernel)
 
 
 def _hopper() -> bool:
-    return all(str(getattr(device, "compute_capability", "")) == "9.0" for device in jax.devices())
+    return {str(getattr(device, "compute_capability", "")) for device in devices()} == {"9.0"}
 
 
 @cache
