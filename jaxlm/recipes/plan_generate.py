@@ -15,7 +15,8 @@ from jaxlm.generate import engine
 from jaxlm.models import decoder
 from jaxlm.models.config import DecoderConfig
 from jaxlm.ops.platform import compiling_for
-from jaxlm.recipes.plan import Plan, compile_lowered, held, read_plan
+from jaxlm.recipes.plan import compile_lowered, held, read_plan
+from jaxlm.recipes.plan_table import Plan
 from jaxlm.recipes.plan_work import abstract_params
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.place import make_constrain

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.recipes.describe import bytes_text
-from jaxlm.recipes.plan import Plan, make_plan
+from jaxlm.recipes.plan import make_plan
+from jaxlm.recipes.plan_table import Plan
 from jaxlm.sharding.mesh import MeshConfig
 from jaxlm.sharding.topology import devices_of
 

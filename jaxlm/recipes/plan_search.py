@@ -20,7 +20,8 @@ from jaxlm.models import decoder
 from jaxlm.models import spec as specs
 from jaxlm.models.config import DecoderConfig
 from jaxlm.recipes.describe import bytes_text
-from jaxlm.recipes.plan import DoesNotFitError, Plan, held, make_plan, peaks, wire_shares
+from jaxlm.recipes.plan import DoesNotFitError, held, make_plan, peaks, wire_shares
+from jaxlm.recipes.plan_table import Plan
 from jaxlm.recipes.plan_work import make_work
 from jaxlm.recipes.wiring import make_step
 from jaxlm.sharding.mesh import MeshConfig, make_mesh

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxlm.recipes.plan import could_scatter
 from jaxlm.sharding.topology import ENVIRONMENT
 from jaxlm.train.loop import compile_ahead
 from jaxlm.train.sparse_core import OPTIONS, compiler_options
@@ -51,6 +52,19 @@ def test_they_are_off_where_libtpu_would_end_the_process(level, caplog):
 def test_a_cpu_compiles_the_same_step():
     step = compile_ahead(lambda state, batch: (state + batch, {}), jax.numpy.ones(3), 2.0, sparse_core=True)
     assert step(jax.numpy.ones(3), 2.0)[0].tolist() == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparse_core", "sums", "said"),
+    [("TPU v5", False, 3.0, True), ("TPU v5", False, 1.0, False), ("TPU v5", True, 3.0, False),
+     ("TPU v5 lite", False, 3.0, False)],
+)  # fmt: skip
+def test_a_plan_says_where_they_would_halve_the_bytes(kind, sparse_core, sums, said):
+    fsdp = {("all-reduce", ("fsdp",)): (1, sums), ("all-gather", ("fsdp",)): (1, 2.0)}
+    plan = SimpleNamespace(sent=fsdp | {("all-reduce", ("data",)): (1, 9.0)})
+    of_stages = SimpleNamespace(sparse_core=sparse_core)
+    for cfg in of_stages, SimpleNamespace(train=of_stages):
+        assert could_scatter(cfg, plan, SimpleNamespace(device_kind=kind)) == said
 
 
 FSDP = """if True:
