@@ -16,11 +16,14 @@ from jaxlm.recipes.config import load_config
 
 
 def get_config(corpus: str = "corpus/*.jsonl.gz") -> ConfigDict:
-    """On 512 chips: rows and parameters split over fsdp=512, a row a chip."""
+    """On 512 chips, a row each: parameters split over fsdp=64, a plane of the torus, and copied over data=8.
+
+    Over 256 chips and more libtpu makes sums of scatters again, of the widest kernels.
+    """
     config = load_config(f"{Path(__file__).parent / 'llama_8b_pod.py'}:{corpus}")
     config.run_dir = "runs/llama_70b"
     config.model = dataclasses.asdict(preset("llama-3.1-70b", dtype="bfloat16", remat="full", max_length=8192))
     config.optim.learning_rate = 1.5e-4
     config.train.num_microbatches = 1
-    config.mesh = dict(fsdp=512)
+    config.mesh = dict(data=8, fsdp=64)
     return config

@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.data import pipeline
 from jaxlm.data.config import DataConfig
 from jaxlm.data.loader import Rows
+from jaxlm.ops.platform import kernels_wanted
 from jaxlm.recipes.wiring import Setup, every_batch, say
 from jaxlm.train.preference import Responses
 from jaxlm.train.reference import cached, fingerprint, map_rows
@@ -34,8 +35,9 @@ def with_reference(
     """
     size, slots = cfg.eval_batch_size or cfg.batch_size, s.data.slots
     shape = {"sequence_length": cfg.sequence_length, "batch_size": size, "packing": cfg.packing, "group": cfg.group}
-    # Another compiler, device or mesh rounds differently, and the first evaluation would not be exact.
+    # Another compiler, device, mesh or kernel rounds differently, and the first evaluation would not be exact.
     machine = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "mesh": dict(s.mesh.shape)}
+    machine |= {} if kernels_wanted() else {"kernels": False}
     key = {**options, **shape, **machine, "slots": slots, "parameters": fingerprint(params)}
 
     def referred(rows: Rows) -> Rows:
