@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
     plan = make_plan(cfg, found, args.stage)
     print(render(plan))
     if could_scatter(cfg, plan, found[0]):
-        print(SPARSE_CORE)
+        print(SPARSE_CORE.format("train." if hasattr(cfg, "train") else ""))
     most = None if args.no_batch else largest_batch(cfg, found, plan, args.stage)
     if most is not None:
         print(f"largest batch that fits, with {num_microbatches(cfg)} micro-batches: {most:,} rows")
@@ -111,8 +111,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 SPARSE_CORE = (
-    "most bytes over fsdp are sums: with --config.train.sparse_core=True gathers and scatters stay what they are, half "
-    "the bytes, on the SparseCores"
+    "most bytes over fsdp are sums: with --config.{}sparse_core=True gathers and scatters stay what they are, half the "
+    "bytes, on the SparseCores"
 )
 
 

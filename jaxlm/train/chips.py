@@ -4,8 +4,7 @@ Sources: Google Cloud TPU documentation, the system architecture pages of v4, v5
 sheets of A100, H100 SXM, H200 SXM and B200 (dense, without sparsity). Network: what a chip sends over all its links to
 the chips of its slice or node (ICI; NVLink), one way. Outside: its share of what a host sends to other slices or nodes
 (data-centre network; a network card of 200 or 400 Gbit/s for every GPU), after Austin et al. 2025, How to Scale Your
-Model, part 2, and the data sheets. SparseCores: those that libtpu gives
-collectives to (v4's are for embeddings only).
+Model, part 2, and the data sheets. SparseCores: those that libtpu gives collectives to (v4's are for embeddings only).
 """
 
 from __future__ import annotations

@@ -134,7 +134,6 @@ def compile_ahead(train_step: TrainStep, state: Any, batch: Batch, *, sparse_cor
 def lower_ahead(train_step: TrainStep, state: Any, batch: Batch, *, sparse_core: bool = False) -> Any:
     """The step lowered for arrays, or for `jax.ShapeDtypeStruct` with shardings of devices that are not here."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
-    options = compiler_options(device) if sparse_core else {}
+    options = compiler_options(next(iter(jax.tree.leaves(shardings)[0].device_set))) if sparse_core else {}
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     return step.lower(state, batch)
