@@ -8,9 +8,9 @@ r"""Supervised sentence vectors: a small encoder from scratch on the scored pair
 
 DATA: a folder with stsb/stsb-en-{train,dev}.csv (`jaxlm.evals.sts` says where they can be had).
 
-About 20 minutes on two cores from scratch. Measured (dev Spearman, the best checkpoint): from scratch 78.2, above
-TF-IDF of words (75.3) and of characters (76.8); half as wide 76.6, with bpe:8000 then 74.9, bpe:2000 75.7; from
-all-MiniLM-L6-v2 87.3 after 45 steps.
+About 25 minutes on one core from scratch. Measured (dev Spearman, the best checkpoint): from scratch 78.2 and 76.7 with
+seeds 0 and 1, where TF-IDF of words has 75.3 and of characters 76.8; half as wide 76.6 and 76.4, with bpe:8000 then
+74.9, bpe:2000 75.7; from all-MiniLM-L6-v2 87.3 after 45 steps.
 
 The paper's settings (Gao et al. 2021, arXiv:2104.08821, appendix A) are of triples: data.examples="tuples",
 data.fields=("sent0", "sent1", "hard_neg"), score_field=None, loss="simcse", three epochs of NLI, batch_size=512,
