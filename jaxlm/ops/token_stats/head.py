@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,14 @@ class Sums(NamedTuple):
     argmax: Int[Array, "N"] | None = None
 
 
+class Gradient(NamedTuple):
+    """The gradients of what logits are made of; those of unembed and bias are of the vocabulary, or of a block."""
+
+    hidden: Float[Array, "N D"]
+    unembed: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+
+
 def project(head: Head, start: Array | int, width: int) -> Float[Array, "N C"]:
     """A block of hidden @ unembed.T + bias, accumulated in float32."""
     block = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
@@ -55,6 +64,43 @@ def activate(u: Float[Array, "N C"], head: Head, soft_cap: float | None) -> Floa
         capped = soft_cap * jnp.tanh(u / soft_cap)
         u = capped if head.bias is None else jnp.where(jnp.isneginf(u), u, capped)
     return u if head.temperature is None else u / head.temperature.astype(u.dtype)
+
+
+def empty_sums(head: Head, targets: Int[Array, "N *K"], outputs: tuple[Output, ...]) -> Sums:
+    """The state before any block."""
+    zeros = jnp.zeros(head.hidden.shape[:1], wide_dtype(head))
+    return Sums(
+        maximum=zeros + jnp.finfo(zeros.dtype).min,
+        exp=zeros,
+        shifted=zeros if "entropy" in outputs else None,
+        target=jnp.zeros(targets.shape, zeros.dtype) if "logprob" in outputs else None,
+        squares=zeros if "log_sum_squares" in outputs else None,
+        argmax=jnp.zeros(zeros.shape, jnp.int32) if "argmax" in outputs else None,
+    )
+
+
+def with_block(sums: Sums, z: Float[Array, "N C"], targets: Int[Array, "N *K"], start: Array | int) -> Sums:
+    """The state with the logits of a block added, whose first entry is `start`; targets count from it."""
+    # The results do not depend on the shift, so neither do their derivatives.
+    highest = z.max(axis=1)
+    maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, highest))
+    below = z - maximum[:, None]
+    e = jnp.exp(below)
+    fall = jnp.where(sums.exp > 0, sums.maximum - maximum, 0)
+    rescale = jnp.exp(fall)
+    shifted = sums.shifted
+    if shifted is not None:
+        shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(times_log(e, below), axis=1)
+    target = sums.target
+    if target is not None:
+        target = target + target_logit(z, targets)
+    squares = sums.squares
+    if squares is not None:
+        squares = rescale**2 * squares + jnp.sum(e**2, axis=1)
+    argmax = sums.argmax
+    if argmax is not None:
+        argmax = jnp.where(highest > sums.maximum, jnp.argmax(z, axis=1) + start, argmax).astype(argmax.dtype)
+    return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target, squares, argmax)
 
 
 def finish(
@@ -93,6 +139,21 @@ def logit_gradient(row: Row, z: Float[Array, "N C"], targets: Int[Array, "N *K"]
     if row.on_entropy is None:
         return dz
     return dz - row.on_entropy[:, None] * times_log(p, below - row.shift[:, None])
+
+
+def block_gradient(
+    row: Row, u: Float[Array, "N C"], head: Head, targets: Int[Array, "N *K"], soft_cap: float | None
+) -> Gradient:
+    """The gradients, in float32, that reach a head of one block from its products u = project(head, ...)."""
+    z, pull = jax.vjp(partial(activate, head=head, soft_cap=soft_cap), u)
+    (du,) = pull(logit_gradient(row, z, targets))
+    # One array for both products, not two computations of it fused into them.
+    narrow = jax.lax.optimization_barrier(du.astype(head.hidden.dtype))
+    return Gradient(
+        hidden=product(head, narrow, head.unembed, ((1,), (0,))),
+        unembed=product(head, narrow, head.hidden, ((0,), (0,))),
+        bias=None if head.bias is None else du.sum(axis=0),
+    )
 
 
 def _add_on_targets(dz: Float[Array, "N C"], on_target: Float[Array, "N *K"], targets: Int[Array, "N *K"]) -> Array:

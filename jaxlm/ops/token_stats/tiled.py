@@ -29,19 +29,19 @@ from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats.compact import in_tiles, kept_first, over_tiles, take
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.ops.token_stats.head import (
+    Gradient,
     Head,
     Row,
     Sums,
     activate,
+    block_gradient,
+    empty_sums,
     finish,
     in_vocabulary,
-    logit_gradient,
-    product,
     project,
     take_rows,
-    target_logit,
-    times_log,
     wide_dtype,
+    with_block,
 )
 from jaxlm.ops.token_stats.join import of_parts, over_shards
 from jaxlm.typing import Array, Bool, Float, Int
@@ -172,7 +172,8 @@ def _stats_fwd(plan: _Plan, head: Head, targets: Array, count: Array | None) -> 
 
 def _streamed(plan: _Plan, head: Head, targets: Array, count: Array | None) -> Sums:
     step = partial(_accumulate, plan, head, targets, count)
-    return over_vocabulary(step, _empty_sums(plan, head, targets), head.unembed.shape[0], plan.block)
+    start = jax.tree.map(partial(_vary_as, head.hidden), empty_sums(head, targets, plan.outputs))
+    return over_vocabulary(step, start, head.unembed.shape[0], plan.block)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -209,18 +210,6 @@ def _in_kernel_jvp(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Sums, 
     return jax.jvp(lambda head: _streamed(plan, head, targets, count), (head,), (tangents[0],))
 
 
-def _empty_sums(plan: _Plan, head: Head, targets: Array) -> Sums:
-    zeros = _zeros(head.hidden.shape[:1], wide_dtype(head), head.hidden)
-    return Sums(
-        maximum=zeros + jnp.finfo(zeros.dtype).min,
-        exp=zeros,
-        shifted=zeros if "entropy" in plan.outputs else None,
-        target=_zeros(targets.shape, zeros.dtype, head.hidden) if "logprob" in plan.outputs else None,
-        squares=zeros if "log_sum_squares" in plan.outputs else None,
-        argmax=_zeros(zeros.shape, jnp.int32, head.hidden) if "argmax" in plan.outputs else None,
-    )
-
-
 def _accumulate(
     plan: _Plan, head: Head, targets: Array, count: Array | None, sums: Sums, start: Array | int, width: int
 ) -> Sums:
@@ -248,26 +237,7 @@ def _block(plan: _Plan, head: Head, start: Array | int, width: int) -> Float[Arr
 def _more(plan: _Plan, head: Head, targets: Array, sums: Sums, start: Array | int) -> Sums:
     """The sums of a tile with its block of the vocabulary added, whose first entry is `start`."""
     z = activate(project(head, 0, head.unembed.shape[0]), head, plan.soft_cap)
-    # The results do not depend on the shift, so neither do their derivatives.
-    highest = z.max(axis=1)
-    maximum = jax.lax.stop_gradient(jnp.maximum(sums.maximum, highest))
-    below = z - maximum[:, None]
-    e = jnp.exp(below)
-    fall = jnp.where(sums.exp > 0, sums.maximum - maximum, 0)
-    rescale = jnp.exp(fall)
-    shifted = sums.shifted
-    if shifted is not None:
-        shifted = rescale * (shifted + fall * sums.exp) + jnp.sum(times_log(e, below), axis=1)
-    target = sums.target
-    if target is not None:
-        target = target + target_logit(z, targets)
-    squares = sums.squares
-    if squares is not None:
-        squares = rescale**2 * squares + jnp.sum(e**2, axis=1)
-    argmax = sums.argmax
-    if argmax is not None:
-        argmax = jnp.where(highest > sums.maximum, jnp.argmax(z, axis=1) + start, argmax).astype(argmax.dtype)
-    return Sums(maximum, rescale * sums.exp + jnp.sum(e, axis=1), shifted, target, squares, argmax)
+    return with_block(sums, z, targets, start)
 
 
 def _rows(x: Array, plan: _Plan, t: Array | int) -> Array:
@@ -286,7 +256,7 @@ def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Hea
     s = zeros if cotangents.logsumexp is None else cotangents.logsumexp
     row = Row(maximum, log_total, shift, g, s - (g if g.ndim == 1 else g.sum(axis=1)), cotangents.entropy)
     zero = partial(_zeros, like=head.hidden)
-    carry = _Gradient(
+    carry = Gradient(
         hidden=zero(head.hidden.shape, wide_dtype(head)),
         unembed=zero(head.unembed.shape, head.unembed.dtype),
         bias=None if head.bias is None else zero(head.bias.shape, head.bias.dtype),
@@ -300,63 +270,46 @@ def _stats_bwd(plan: _Plan, residuals: Any, cotangents: TokenStats) -> tuple[Hea
 _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
-class _Gradient(NamedTuple):
-    """The running gradients; those of unembed and bias are of the whole vocabulary, or of one block of it."""
-
-    hidden: Float[Array, "N D"]
-    unembed: Float[Array, "V D"]
-    bias: Float[Array, "V"] | None
-
-
 def _backpropagate(
-    plan: _Plan, head: Head, targets: Array, row: Row, count: Array | None, grad: _Gradient, start: Array | int,
+    plan: _Plan, head: Head, targets: Array, row: Row, count: Array | None, grad: Gradient, start: Array | int,
     width: int,
-) -> _Gradient:  # fmt: skip
+) -> Gradient:  # fmt: skip
     """The gradients with those of a block of the vocabulary: added for hidden, written for unembed and bias."""
     block = _block(plan, head, start, width)
     bias = None if head.bias is None else take_rows(head.bias, start, width)
     wide = wide_dtype(head)
     num_tiles = len(targets) // plan.rows
 
-    def tile(t: Array | int) -> _Gradient:
+    def tile(t: Array | int) -> Gradient:
         part = Head(_rows(head.hidden, plan, t), block, bias, head.temperature)
         of = jax.tree.map(lambda x: _rows(x, plan, t), row)
         return _of_tile(plan, part, _rows(targets, plan, t) - start, of)
 
-    def add(grad: _Gradient, new: _Gradient, t: Array | int) -> _Gradient:
+    def add(grad: Gradient, new: Gradient, t: Array | int) -> Gradient:
         if num_tiles == 1:
-            return _Gradient(grad.hidden + new.hidden, new.unembed, new.bias)
-        return _Gradient(
+            return Gradient(grad.hidden + new.hidden, new.unembed, new.bias)
+        return Gradient(
             hidden=_put(grad.hidden, _rows(grad.hidden, plan, t) + new.hidden, plan, t),
             unembed=grad.unembed + new.unembed,
             bias=None if new.bias is None else grad.bias + new.bias,
         )
 
     none = partial(_zeros, like=head.hidden)
-    of_block = _Gradient(grad.hidden, none(block.shape, wide), None if bias is None else none(bias.shape, wide))
+    of_block = Gradient(grad.hidden, none(block.shape, wide), None if bias is None else none(bias.shape, wide))
     new = over_tiles(tile, add, of_block, num_tiles=num_tiles, rows=plan.rows, count=count)
     of_rows = new.unembed
     if plan.width_axis is not None:  # the sum over its devices' tokens, of this device's columns
         of_rows = jax.lax.psum_scatter(of_rows, plan.width_axis, scatter_dimension=1, tiled=True)
-    return _Gradient(
+    return Gradient(
         hidden=new.hidden,
         unembed=_write(grad.unembed, of_rows, start),
         bias=None if grad.bias is None else _write(grad.bias, new.bias, start),
     )
 
 
-def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> _Gradient:
+def _of_tile(plan: _Plan, head: Head, targets: Array, row: Row) -> Gradient:
     """The gradients of a tile of tokens and its block of the vocabulary, in float32."""
-    width = head.unembed.shape[0]
-    z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, width))
-    (du,) = pull(logit_gradient(row, z, targets))
-    # One array for both products, not two computations of it fused into them.
-    narrow = jax.lax.optimization_barrier(du.astype(head.hidden.dtype))
-    return _Gradient(
-        hidden=product(head, narrow, head.unembed, ((1,), (0,))),
-        unembed=product(head, narrow, head.hidden, ((0,), (0,))),
-        bias=None if head.bias is None else du.sum(axis=0),
-    )
+    return block_gradient(row, project(head, 0, head.unembed.shape[0]), head, targets, plan.soft_cap)
 
 
 def over_vocabulary(step: Callable[..., Any], carry: Any, vocab: int, block: int) -> Any:
@@ -383,5 +336,9 @@ def _vary(x: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def _vary_as(like: Array, x: Array) -> Array:
+    return _vary(x, jax.typeof(like).mat.varying)
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
-    return _vary(jnp.zeros(shape, dtype), jax.typeof(like).mat.varying)
+    return _vary_as(like, jnp.zeros(shape, dtype))
