@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.ops.token_stats import one_pass, one_pass_nll, token_stats
+from jaxlm.ops.token_stats.contract import OUTPUTS
 
 N, D, V = 37, 8, 21
 
@@ -31,10 +32,14 @@ def in_one_pass(hidden, unembed, bias, targets, mask, **options):
     return one_pass_nll(hidden, unembed, targets, mask=mask, bias=bias, outputs=outputs, **options)
 
 
-@pytest.mark.parametrize("tile", [1, 5 * V, 1 << 23], ids=["64", "64 of few", "one"])
+@pytest.mark.parametrize(
+    "tile, block", [(1, V), (5 * V, 8), (1 << 23, 7), (1 << 23, 20)],
+    ids=["a token, one block", "few tokens, a ragged block", "all tokens, three blocks", "all tokens, a block of one"],
+)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"z_weight": 0.1}, {"soft_cap": 2.0, "z_weight": 0.1}], ids=str)
-def test_value_statistics_and_gradients_are_the_oracles(monkeypatch, tile, options):
+def test_value_statistics_and_gradients_are_the_oracles(monkeypatch, tile, block, options):
     monkeypatch.setattr(one_pass, "num_tiles", lambda n, v: -(-n // max(tile // v, 1)))
+    monkeypatch.setitem(one_pass.MOST_BLOCK, "cpu", block)
     with jax.enable_x64(True):
         arrays = problem(jnp.float64)
         got, want = (
@@ -50,6 +55,21 @@ def test_not_differentiated_it_gives_the_same_numbers():
     want, want_stats = by_the_oracle(*arrays, z_weight=0.1)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, want_stats)
+
+
+def test_every_statistic_comes_out_of_blocks_as_from_the_whole(monkeypatch):
+    hidden, unembed, bias, targets, mask = problem()
+
+    def every(h):
+        total, stats = one_pass_nll(h, unembed, targets, mask=mask, bias=bias, temperature=0.7, outputs=OUTPUTS)
+        return total, stats
+
+    monkeypatch.setitem(one_pass.MOST_BLOCK, "cpu", 8)
+    (_, got), _ = jax.value_and_grad(every, has_aux=True)(hidden)
+    options = dict(mask=mask, bias=bias, temperature=0.7, outputs=OUTPUTS)
+    want = token_stats(hidden, unembed, targets, implementation="dense", **options)
+    assert None not in got
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
 def test_what_was_not_asked_for_is_none():
@@ -114,3 +134,12 @@ def test_the_logits_are_never_held_at_once():
     held = gradient.memory_analysis().temp_size_in_bytes
     assert held < 0.4 * tokens * vocab * 4
     assert f"f32[{tokens},{vocab}]" not in gradient.as_text()
+
+
+def test_a_large_vocabulary_costs_no_second_gradient_of_unembed():
+    tokens, width, vocab = 128, 64, 131_072
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((tokens, width), "float32"), ((vocab, width), "float32"))]
+    targets = jax.ShapeDtypeStruct((tokens,), "int32")
+    gradient = jax.jit(jax.grad(lambda h, u, t: one_pass_nll(h, u, t)[0], (0, 1))).lower(*shapes, targets).compile()
+    logits = 4 * tokens * vocab
+    assert gradient.memory_analysis().temp_size_in_bytes < logits + 4 * vocab * width / 4

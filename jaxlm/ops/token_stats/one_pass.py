@@ -1,17 +1,18 @@
 """The summed next-token loss with its gradient made in the forward pass: 6NDV operations instead of 8NDV.
 
 `tiled` must recompute the logits, since it learns only in the backward pass what its outputs are used for. Where the
-loss is known, tile by tile of tokens against the whole vocabulary: logits, statistics, the gradient of the logits, and
-the two products that consume it. The backward pass only scales. With weights w (the mask) and c = z_weight:
+loss is known, tile by tile of tokens: the products with each block of the vocabulary, which are held, and the running
+sums; then, block by block again, the gradient of the logits, and the two products that consume it. The backward pass
+only scales. With weights w (the mask) and c = z_weight:
 
     total = sum_t w_t (-logprob_t + c logsumexp_t^2)        dz = w (p (1 + 2 c logsumexp) - [target])
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +29,30 @@ from jaxlm.ops.token_stats.contract import (
     silence,
 )
 from jaxlm.ops.token_stats.head import (
+    Gradient,
     Head,
     Row,
     Sums,
     activate,
+    block_gradient,
+    empty_sums,
     finish,
     in_vocabulary,
-    logit_gradient,
-    product,
     project,
-    target_logit,
-    times_log,
+    take_rows,
     wide_dtype,
+    with_block,
 )
 from jaxlm.ops.token_stats.tiled import tiled
 from jaxlm.typing import Array, Bool, Float, Int
 
-TILE_ELEMENTS = {"cpu": 1 << 23, "tpu": 1 << 23, "gpu": 1 << 27}
+TILE_ELEMENTS = {"cpu": 1 << 25, "tpu": 1 << 23, "gpu": 1 << 27}
 """Logits held at once, by platform: few enough to stay small, and enough tokens for products at full speed."""
+MOST_ROWS = {"cpu": 1 << 9}
+"""Tokens of a tile at most, and
+"""
+MOST_BLOCK = {"cpu": 1 << 11}
+"""the widest block of the vocabulary, by platform: what stays in a CPU's cache between products and exponentials."""
 
 
 class _Plan(NamedTuple):
@@ -55,6 +62,7 @@ class _Plan(NamedTuple):
     soft_cap: float | None
     z_weight: float
     num_tiles: int
+    block: int
 
 
 def one_pass_nll(
@@ -96,7 +104,8 @@ def one_pass_nll(
     options = check_options(
         unembed, bias=bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, valid_vocab=valid_vocab
     )
-    plan = _Plan(check_outputs(outputs), options.soft_cap, float(z_weight), num_tiles(num_tokens, vocab))
+    block = min(MOST_BLOCK.get(platform(), vocab), vocab)
+    plan = _Plan(check_outputs(outputs), options.soft_cap, float(z_weight), num_tiles(num_tokens, vocab), block)
     hidden, flat, count = blank(hidden, mask).reshape(-1, hidden.shape[-1]), targets.reshape(-1), jnp.int32(num_tokens)
     kept = None if mask is None else kept_first(mask.reshape(-1))
     if kept is not None:
@@ -108,12 +117,13 @@ def one_pass_nll(
 
 
 def num_tiles(num_tokens: int, vocab: int) -> int:
-    """Into how many tiles the tokens are cut: of at most TILE_ELEMENTS logits, but of 64 tokens at least.
+    """Into how many tiles the tokens are cut: of at most TILE_ELEMENTS logits and MOST_ROWS, but of 64 tokens at least.
 
     >>> num_tiles(2048, 32_000), num_tiles(100, 8)
-    (8, 1)
+    (4, 1)
     """
-    return -(-num_tokens // max(TILE_ELEMENTS.get(platform(), 1 << 23) // vocab, 64)) or 1
+    rows = max(TILE_ELEMENTS.get(platform(), 1 << 23) // vocab, 64)
+    return -(-num_tokens // min(rows, MOST_ROWS.get(platform(), rows))) or 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,11 +135,9 @@ def _nll(plan: _Plan, head: Head, targets: Int[Array, "N"], count: Int[Array, ""
 
 
 class _Carry(NamedTuple):
-    """What the tiles write: gradients, and the statistics of each token."""
+    """What the tiles write: the gradients, that of hidden in tiles, and the statistics of each token."""
 
-    unembed: Float[Array, "V D"]
-    bias: Float[Array, "V"] | None
-    hidden: Float[Array, "T R D"]
+    gradient: Gradient
     stats: TokenStats
 
 
@@ -139,13 +147,14 @@ def _nll_fwd(plan: _Plan, head: Head, targets: Array, count: Array) -> tuple[tup
     cast = head._replace(unembed=head.unembed.astype(head.hidden.dtype))
     tiles = jax.tree.map(partial(_cut, num_tiles=plan.num_tiles), (head.hidden, targets, mask))
     zeros = partial(jnp.zeros, dtype=wide)
-    needed = _needed(plan)
     start = _Carry(
-        unembed=zeros(head.unembed.shape),
-        bias=None if head.bias is None else zeros(head.bias.shape),
-        hidden=jnp.zeros_like(tiles[0]),
+        gradient=Gradient(
+            hidden=jnp.zeros_like(tiles[0]),
+            unembed=zeros(head.unembed.shape),
+            bias=None if head.bias is None else zeros(head.bias.shape),
+        ),
         stats=TokenStats(
-            **{name: zeros(tiles[1].shape, dtype=jnp.int32 if name == "argmax" else wide) for name in needed}
+            **{name: zeros(tiles[1].shape, dtype=jnp.int32 if name == "argmax" else wide) for name in _needed(plan)}
         ),
     )
 
@@ -154,10 +163,12 @@ def _nll_fwd(plan: _Plan, head: Head, targets: Array, count: Array) -> tuple[tup
 
     # Tiles behind the last token that counts are not run.
     end = jax.lax.fori_loop(0, -(-count // tiles[1].shape[1]), step, start)
-    hidden, stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], (end.hidden, end.stats))
-    bias = None if end.bias is None else end.bias.astype(head.bias.dtype)
+    found = (end.gradient.hidden, end.stats)
+    hidden, stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], found)
+    bias = None if head.bias is None else end.gradient.bias.astype(head.bias.dtype)
     temperature = None if head.temperature is None else jnp.zeros_like(head.temperature)
-    return _total(plan, stats, mask), Head(hidden, end.unembed.astype(head.unembed.dtype), bias, temperature)
+    gradient = Head(hidden, end.gradient.unembed.astype(head.unembed.dtype), bias, temperature)
+    return _total(plan, stats, mask), gradient
 
 
 def _nll_bwd(plan: _Plan, gradient: Head, cotangents: tuple[Array, TokenStats]) -> tuple[Head, None, None]:
@@ -190,30 +201,70 @@ def _cut(x: Array, *, num_tiles: int) -> Array:
 def _one_tile(plan: _Plan, head: Head, carry: _Carry, t: Array, tile: tuple[Array, Array, Array]) -> _Carry:
     """Adds a tile's part to the gradients of unembed and bias; puts its gradient of hidden and its statistics."""
     hidden, targets, mask = tile
-    head, vocab = head._replace(hidden=hidden), head.unembed.shape[0]
-    z, pull = jax.vjp(partial(activate, head=head, soft_cap=plan.soft_cap), project(head, 0, vocab))
-    sums, known = _sums(plan, z, targets), in_vocabulary(targets, vocab)
+    head, known = head._replace(hidden=hidden), in_vocabulary(targets, head.unembed.shape[0])
+    sums, products = _forward(plan, head, targets)
     stats, log_total, shift = finish(sums, known, _needed(plan))
-    weight = mask.astype(z.dtype)
+    weight = mask.astype(log_total.dtype)
     g = jnp.where(known, -weight, 0)
     s = 2 * plan.z_weight * stats.logsumexp * weight if plan.z_weight else 0
     row = Row(sums.maximum, log_total, shift, g, s - g, None)
-    (du,) = pull(logit_gradient(row, z, targets))
-    # One array for both products, not two computations of it fused into them.
-    narrow = jax.lax.optimization_barrier(du.astype(hidden.dtype))
+    before = carry.gradient._replace(hidden=jnp.zeros(hidden.shape, log_total.dtype))
+    gradient = _backward(plan, head, targets, row, products, before)
     return _Carry(
-        unembed=carry.unembed + product(head, narrow, hidden, ((0,), (0,))),
-        bias=None if carry.bias is None else carry.bias + du.sum(axis=0),
-        hidden=carry.hidden.at[t].set(product(head, narrow, head.unembed, ((1,), (0,))).astype(hidden.dtype)),
-        stats=jax.tree.map(lambda whole, part: whole.at[t].set(part), carry.stats, stats),
+        gradient._replace(hidden=carry.gradient.hidden.at[t].set(gradient.hidden.astype(hidden.dtype))),
+        jax.tree.map(lambda whole, part: whole.at[t].set(part), carry.stats, stats),
     )
 
 
-def _sums(plan: _Plan, z: Float[Array, "N V"], targets: Int[Array, "N"]) -> Sums:
-    maximum = jnp.maximum(z.max(axis=1), jnp.finfo(z.dtype).min)
-    below = z - maximum[:, None]
-    e = jnp.exp(below)
-    shifted = jnp.sum(times_log(e, below), axis=1) if "entropy" in plan.outputs else None
-    squares = jnp.sum(e**2, axis=1) if "log_sum_squares" in plan.outputs else None
-    argmax = jnp.argmax(z, axis=1).astype(jnp.int32) if "argmax" in plan.outputs else None
-    return Sums(maximum, jnp.sum(e, axis=1), shifted, target_logit(z, targets), squares, argmax)
+def _blocks(plan: _Plan, vocab: int) -> list[tuple[Int[Array, "B"], int]]:
+    """Where blocks of the vocabulary start, and their width: the whole ones, and the ragged last one, never padded."""
+    end = vocab // plan.block * plan.block
+    whole = [(jnp.arange(0, end, plan.block), plan.block)]
+    return [*whole, (jnp.array([end]), vocab - end)] if vocab > end else whole
+
+
+def _forward(plan: _Plan, head: Head, targets: Int[Array, "N"]) -> tuple[Sums, list[Float[Array, "B N C"]]]:
+    """The sums of a tile over the whole vocabulary, and its products with the blocks of each width."""
+
+    def step(sums: Sums, start: Array, width: int) -> tuple[Sums, Array]:
+        u = project(head, start, width)
+        return with_block(sums, activate(u, head, plan.soft_cap), targets - start, start), u
+
+    sums, products = empty_sums(head, targets, _needed(plan)), []
+    for starts, width in _blocks(plan, head.unembed.shape[0]):
+        sums, u = _scan(partial(step, width=width), sums, starts)
+        products.append(u)
+    return sums, products
+
+
+def _backward(
+    plan: _Plan, head: Head, targets: Int[Array, "N"], row: Row, products: list[Float[Array, "B N C"]], grad: Gradient
+) -> Gradient:
+    """The gradients with those of a tile added."""
+
+    def step(grad: Gradient, block: tuple[Array, Array], width: int) -> tuple[Gradient, None]:
+        start, u = block
+        bias = None if head.bias is None else take_rows(head.bias, start, width)
+        part = head._replace(unembed=take_rows(head.unembed, start, width), bias=bias)
+        new = block_gradient(row, u, part, targets - start, plan.soft_cap)
+        return Gradient(
+            hidden=grad.hidden + new.hidden,
+            unembed=_add_rows(grad.unembed, new.unembed, start),
+            bias=None if grad.bias is None else _add_rows(grad.bias, new.bias, start),
+        ), None
+
+    for (starts, width), u in zip(_blocks(plan, head.unembed.shape[0]), products):
+        grad, _ = _scan(partial(step, width=width), grad, (starts, u))
+    return grad
+
+
+def _add_rows(whole: Array, part: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, take_rows(whole, start, len(part)) + part, start, axis=0)
+
+
+def _scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, but without a loop around a single step, which would copy what it holds."""
+    if len(jax.tree.leaves(xs)[0]) > 1:
+        return jax.lax.scan(step, carry, xs)
+    carry, y = step(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], y)
