@@ -33,6 +33,12 @@ def devices() -> Sequence[Any]:
     return jax.devices() if target is None else target.devices
 
 
+def device_kind() -> str:
+    """Of the first of those, by the name that JAX gives it ("TPU v6 lite"); "" where only their platform is known."""
+    found = devices()
+    return found[0].device_kind if found else ""
+
+
 def compiled_ahead() -> bool:
     """Whether the computation is traced for another machine than this."""
     return _target.get() is not None

@@ -22,6 +22,14 @@ class Kept(NamedTuple):
     back: Int[Array, "N"]
     number: Int[Array, ""]
 
+    def to_front(self, x: Array) -> Array:
+        """Rows of x, those of kept tokens first."""
+        return _permuted(x, self.order, self.back)
+
+    def put_back(self, x: Array) -> Array:
+        """Rows in that order, each at its token's place again."""
+        return _permuted(x, self.back, self.order)
+
 
 def kept_first(mask: Bool[Array, "N"]) -> Kept:
     """The permutation that moves kept tokens to the front, by two running sums.
@@ -37,9 +45,20 @@ def kept_first(mask: Bool[Array, "N"]) -> Kept:
     return Kept(order, back, count)
 
 
-def take(x: Array, index: Int[Array, "N"]) -> Array:
-    """Rows of x by a permutation, whose transpose scatters without a clash."""
+@jax.custom_vjp
+def _permuted(x: Array, index: Int[Array, "N"], inverse: Int[Array, "N"]) -> Array:
+    """Rows of x by a permutation. Its gradient is taken by the inverse, where JAX would scatter it row by row."""
+    return _take(x, index)
+
+
+def _take(x: Array, index: Int[Array, "N"]) -> Array:
     return x.at[index].get(unique_indices=True, mode="promise_in_bounds")
+
+
+_permuted.defvjp(
+    lambda x, index, inverse: (_take(x, index), inverse),
+    lambda inverse, g: (_take(g, inverse), None, None),
+)
 
 
 def in_tiles(x: Array, rows: int) -> Array:

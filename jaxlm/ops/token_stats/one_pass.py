@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.platform import platform
-from jaxlm.ops.token_stats.compact import kept_first, take
+from jaxlm.ops.token_stats.compact import kept_first
 from jaxlm.ops.token_stats.contract import (
     Output,
     TokenStats,
@@ -109,10 +109,10 @@ def one_pass_nll(
     hidden, flat, count = blank(hidden, mask).reshape(-1, hidden.shape[-1]), targets.reshape(-1), jnp.int32(num_tokens)
     kept = None if mask is None else kept_first(mask.reshape(-1))
     if kept is not None:
-        hidden, flat, count = take(hidden, kept.order), take(flat, kept.order), kept.number
+        hidden, flat, count = kept.to_front(hidden), kept.to_front(flat), kept.number
     total, stats = _nll(plan, Head(hidden, unembed, options.bias, options.temperature), flat, count)
     if kept is not None:
-        stats = jax.tree.map(lambda x: take(x, kept.back), stats)
+        stats = jax.tree.map(kept.put_back, stats)
     return total, silence(jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(targets.shape), stats), mask)
 
 

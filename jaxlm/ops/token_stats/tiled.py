@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.platform import platform
-from jaxlm.ops.token_stats.compact import in_tiles, kept_first, over_tiles, take
+from jaxlm.ops.platform import device_kind, platform
+from jaxlm.ops.token_stats.compact import in_tiles, kept_first, over_tiles
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.ops.token_stats.head import (
     Gradient,
@@ -113,9 +113,9 @@ def tiled(
         tiles = jax.tree.map(partial(in_tiles, rows=rows), (hidden, targets))
         return jax.tree.map(lambda x: x[:num_tokens], _run(plan, tiles, unembed, bias, temperature, None))
     kept = kept_first(mask)
-    tiles = jax.tree.map(lambda x: in_tiles(take(x, kept.order), rows), (hidden, targets))
+    tiles = jax.tree.map(lambda x: in_tiles(kept.to_front(x), rows), (hidden, targets))
     stats = _run(plan, tiles, unembed, bias, temperature, kept.number)
-    return jax.tree.map(lambda x: take(x[:num_tokens], kept.back), stats)
+    return jax.tree.map(lambda x: kept.put_back(x[:num_tokens]), stats)
 
 
 def beyond_kernels(targets: Int[Array, "N *K"], outputs: tuple[Output, ...]) -> str | None:
