@@ -78,7 +78,7 @@ def _compile(program: Callable[..., Any], device: Any, num_tokens: int, width: i
     shapes = [((num_tokens, width), jnp.bfloat16), ((vocab, width), jnp.bfloat16), ((num_tokens,), jnp.int32)]
     place = SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(*x, sharding=place) for x in (*shapes, ((num_tokens,), jnp.bool_))]
-    with compiling_for("gpu" if device.platform == "cuda" else device.platform):
+    with compiling_for("gpu" if device.platform == "cuda" else device.platform, [device]):
         return jax.jit(program).lower(*arguments).compile()
 
 

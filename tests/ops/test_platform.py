@@ -6,14 +6,25 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxlm.ops.attention import attention
-from jaxlm.ops.platform import compiled_ahead, compiling_for, devices, kernels_wanted, platform, use_kernels
+from jaxlm.ops.platform import (
+    compiled_ahead,
+    compiling_for,
+    device_kind,
+    devices,
+    kernels_wanted,
+    platform,
+    use_kernels,
+)
 from jaxlm.ops.token_stats import mosaic_gpu, token_stats
+from jaxlm.ops.token_stats.tiled import default_block
 
 CHIP = SimpleNamespace(device_kind="TPU v5 lite")
-H100, B200 = SimpleNamespace(compute_capability="9.0"), SimpleNamespace(compute_capability="10.0")
+H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+B200 = SimpleNamespace(device_kind="NVIDIA B200", compute_capability="10.0")
 
 
 @pytest.fixture
@@ -34,12 +45,44 @@ def test_inside_it_is_the_target_and_outside_this_process():
     assert (platform(), devices(), compiled_ahead()) == (jax.default_backend(), jax.devices(), False)
     with compiling_for("tpu", [CHIP]):
         assert (platform(), devices(), compiled_ahead()) == ("tpu", (CHIP,), True)
+        assert device_kind() == CHIP.device_kind
+    with compiling_for("tpu"):
+        assert device_kind() == ""
     assert not compiled_ahead()
 
 
 def test_one_chip_takes_the_kernel_and_several_or_who_knows_how_many_do_not():
     assert takes_kernel("tpu", CHIP)
     assert not takes_kernel("tpu", CHIP, CHIP) and not takes_kernel("tpu")
+
+
+def test_blocks_never_starve_a_tpu():
+    with compiling_for("tpu", [CHIP]):
+        assert [default_block(rows) for rows in (512, 4096, 8192, 65_536)] == [8192, 2048, 1024, 1024]
+        assert [default_block(rows, 4) for rows in (512, 4096, 8192, 65_536)] == [8192, 8192, 4096, 1024]
+
+
+def test_derivatives_where_the_gradient_of_unembed_is_not_filled_with_zeros_first():
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden, unembed = jax.random.normal(keys[0], (6, 4)), jax.random.normal(keys[1], (2100, 4))
+    targets = jnp.arange(6) * 300
+
+    def total(hidden, unembed):
+        stats = token_stats(hidden, unembed, targets, implementation="tiled")
+        return jnp.sum(stats.logprob + stats.entropy)
+
+    def penalty(*x):
+        return jnp.square(jax.grad(total, 1)(*x)).sum()
+
+    def every(*x):
+        mapped = jax.vmap(jax.grad(total, 1), (0, None))(x[0][None], x[1])
+        return jax.grad(total, (0, 1))(*x), jax.grad(penalty, (0, 1))(*x), mapped
+
+    want = every(hidden, unembed)
+    with compiling_for("tpu", [CHIP]):
+        assert " empty[" in str(jax.make_jaxpr(jax.grad(total, 1))(hidden, unembed))
+        got = every(hidden, unembed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 @pytest.mark.skipif(not mosaic_gpu.supported(), reason="needs jax 0.11 or newer")
