@@ -20,9 +20,10 @@ from jaxlm.ops.platform import (
     use_kernels,
 )
 from jaxlm.ops.token_stats import mosaic_gpu, token_stats
-from jaxlm.ops.token_stats.tiled import default_block
+from jaxlm.ops.token_stats.tiled import default_block, default_rows, tiled
 
 CHIP = SimpleNamespace(device_kind="TPU v5 lite")
+PLAIN = dict(temperature=None, soft_cap=None, outputs=("logprob", "entropy"))
 H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
 B200 = SimpleNamespace(device_kind="NVIDIA B200", compute_capability="10.0")
 
@@ -60,6 +61,29 @@ def test_blocks_never_starve_a_tpu():
     with compiling_for("tpu", [CHIP]):
         assert [default_block(rows) for rows in (512, 4096, 8192, 65_536)] == [8192, 2048, 1024, 1024]
         assert [default_block(rows, 4) for rows in (512, 4096, 8192, 65_536)] == [8192, 8192, 4096, 1024]
+        assert default_rows(8192, masked=True) == 1024
+    with compiling_for("tpu", [SimpleNamespace(device_kind="TPU v6 lite")]):
+        assert [default_rows(n, masked=True) for n in (8192, 65_536)] == [2048, 4096]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_a_masked_gradient_on_a_tpu_starts_from_nothing_that_was_set(monkeypatch, kept):
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden, unembed = jax.random.normal(keys[0], (6, 4)), jax.random.normal(keys[1], (21, 4))
+    bias, targets, mask = jnp.arange(21.0), jnp.arange(6) * 3, jnp.arange(6) < kept
+
+    def total(*x):
+        stats = tiled(x[0], x[1], targets, mask=mask, bias=x[2], rows=2, block=8, **PLAIN)
+        return jnp.sum(jnp.where(mask, stats.logprob + stats.entropy, 0))
+
+    def gradient(*x):
+        return jax.jit(jax.grad(lambda *x: total(*x), (0, 1, 2)))(*x)
+
+    want = gradient(hidden, unembed, bias)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    with compiling_for("tpu", [CHIP]):
+        got = gradient(hidden, unembed, bias)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_derivatives_where_the_gradient_of_unembed_is_not_filled_with_zeros_first():
