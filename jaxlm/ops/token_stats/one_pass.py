@@ -49,10 +49,9 @@ from jaxlm.typing import Array, Bool, Float, Int
 TILE_ELEMENTS = {"cpu": 1 << 25, "tpu": 1 << 23, "gpu": 1 << 27}
 """Logits held at once, by platform: few enough to stay small, and enough tokens for products at full speed."""
 MOST_ROWS = {"cpu": 1 << 9}
-"""Tokens of a tile at most, and
-"""
+"""Tokens of a tile at most, by platform: with a small vocabulary its logits stay in the cache."""
 MOST_BLOCK = {"cpu": 1 << 11}
-"""the widest block of the vocabulary, by platform: what stays in a CPU's cache between products and exponentials."""
+"""The widest block, by platform: with a large vocabulary this is what stays there. Elsewhere the whole vocabulary."""
 
 
 class _Plan(NamedTuple):
