@@ -59,8 +59,8 @@ def test_one_chip_takes_the_kernel_and_several_or_who_knows_how_many_do_not():
 
 def test_blocks_never_starve_a_tpu():
     with compiling_for("tpu", [CHIP]):
-        assert [default_block(rows) for rows in (512, 4096, 8192, 65_536)] == [8192, 2048, 1024, 1024]
-        assert [default_block(rows, 4) for rows in (512, 4096, 8192, 65_536)] == [8192, 8192, 4096, 1024]
+        assert [default_block(rows, 4096) for rows in (512, 4096, 8192, 65_536)] == [8192, 2048, 1024, 1024]
+        assert [default_block(rows, 4096, 4) for rows in (512, 4096, 8192, 65_536)] == [8192, 8192, 4096, 1024]
         assert default_rows(8192, masked=True) == 1024
     with compiling_for("tpu", [SimpleNamespace(device_kind="TPU v6 lite")]):
         assert [default_rows(n, masked=True) for n in (8192, 65_536)] == [2048, 4096]
@@ -84,6 +84,11 @@ def test_a_masked_gradient_on_a_tpu_starts_from_nothing_that_was_set(monkeypatch
     with compiling_for("tpu", [CHIP]):
         got = gradient(hidden, unembed, bias)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_block_of_a_wide_unembed_is_narrow():
+    with compiling_for("gpu"):
+        assert [default_block(1024, width) for width in (1024, 4096, 16_384)] == [49_152, 16_384, 4096]
 
 
 def test_derivatives_where_the_gradient_of_unembed_is_not_filled_with_zeros_first():

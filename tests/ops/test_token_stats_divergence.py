@@ -47,7 +47,7 @@ def by_arrays(function, p, q):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(divergence, "default_block", lambda rows: 128)
+    monkeypatch.setattr(divergence, "default_block", lambda rows, width: 128)
 
 
 @pytest.mark.parametrize("v", [1, 128, 300])

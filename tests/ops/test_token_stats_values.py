@@ -288,4 +288,4 @@ def test_the_choice_is_logged_once(caplog):
 
 @pytest.mark.parametrize("tokens, block", [(1, 2048), (256, 2048), (1024, 1024), (1000, 1024), (10**6, 512)])
 def test_the_block_keeps_the_tile_of_logits_in_the_cache(tokens, block):
-    assert default_block(tokens) == block
+    assert default_block(tokens, 512) == block

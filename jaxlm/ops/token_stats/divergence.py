@@ -74,7 +74,8 @@ def token_kl(
         )
     check_mask(tokens, mask)
     flat = [x._replace(hidden=blank(x.hidden, mask).reshape(-1, x.hidden.shape[-1])) for x in (a, b)]
-    block = min(default_block(2 * len(flat[0].hidden)), a.unembed.shape[0])
+    width = max(x.hidden.shape[1] for x in flat)
+    block = min(default_block(2 * len(flat[0].hidden), width), a.unembed.shape[0])
     found = _kl(_Plan((cap_a, cap_b), block), (flat[0], flat[1])).reshape(tokens)
     return found if mask is None else jnp.where(mask, found, 0)
 

@@ -55,6 +55,8 @@ LEAST_BLOCK = {"tpu": 1 << 10}
 """The narrowest block, by platform."""
 MOST_BLOCK = {"cpu": 1 << 11, "tpu": 1 << 13, "gpu": 1 << 16}
 """The widest block, by platform: its rows of unembed are held too, on a CPU in the cache."""
+BLOCK_ELEMENTS = 1 << 26
+"""Elements of unembed in a block at most: under a mask their gradients are held in float32, 256 MiB."""
 TILE_ROWS = {"cpu": 128, "tpu": 1024, "TPU v6 lite": 2048, "gpu": 1024}
 """Tokens of a tile at least, where masked ones are skipped, by chip or platform: fewer would starve the products."""
 MOST_TILES = 16
@@ -113,8 +115,9 @@ def tiled(
         raise ValueError(f"{kernel}: gives no {what}; use implementation='tiled'")
     num_tokens = hidden.shape[0]
     rows = min(rows or default_rows(num_tokens, masked=mask is not None), max(num_tokens, 1))
-    forward, backward = block or default_block(rows), block or default_block(rows, WIDER.get(device_kind(), 1))
-    vocab = unembed.shape[0]
+    width, vocab = hidden.shape[1], unembed.shape[0]
+    forward = block or default_block(rows, width)
+    backward = block or default_block(rows, width, WIDER.get(device_kind(), 1))
     plan = _Plan(outputs, soft_cap, min(forward, vocab), min(backward, vocab), rows, axis, width_axis, kernel)
     if mask is None:
         tiles = jax.tree.map(partial(in_tiles, rows=rows), (hidden, targets))
@@ -145,11 +148,11 @@ def _run(
     return _stats(plan, head, targets, count)
 
 
-def default_block(rows: int, wider: int = 1) -> int:
-    """Width of a block such that the tile of logits suits the platform: a multiple of 128."""
+def default_block(rows: int, width: int, wider: int = 1) -> int:
+    """Entries of a block such that the tile of logits suits the platform, of an unembed of that width."""
     elements = wider * TILE_ELEMENTS.get(platform(), 1 << 20)
     block = max(elements // max(rows, 1) // 128 * 128, LEAST_BLOCK.get(platform(), 512))
-    return min(block, MOST_BLOCK.get(platform(), 1 << 11))
+    return min(block, MOST_BLOCK.get(platform(), 1 << 11), max(BLOCK_ELEMENTS // max(width, 1), 128))
 
 
 def default_rows(num_tokens: int, *, masked: bool) -> int:
