@@ -20,6 +20,7 @@ from jaxlm.ops.platform import (
     use_kernels,
 )
 from jaxlm.ops.token_stats import mosaic_gpu, token_stats
+from jaxlm.ops.token_stats.head import Head, unembed_rows
 from jaxlm.ops.token_stats.tiled import default_block, default_rows, tiled
 
 CHIP = SimpleNamespace(device_kind="TPU v5 lite")
@@ -89,6 +90,16 @@ def test_a_masked_gradient_on_a_tpu_starts_from_nothing_that_was_set(monkeypatch
 def test_a_block_of_a_wide_unembed_is_narrow():
     with compiling_for("gpu"):
         assert [default_block(1024, width) for width in (1024, 4096, 16_384)] == [49_152, 16_384, 4096]
+
+
+def test_unembed_is_rounded_on_a_tpu_as_anywhere():
+    special = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 3.4e38, -3.4e38, 1e-39, 1.00390625, 1.01171875])
+    unembed = jnp.concatenate([special, 10 * jax.random.normal(jax.random.key(0), (4086,))])[:, None]
+    head = Head(jnp.ones((1, 1), jnp.bfloat16), unembed, None, None)
+    with compiling_for("tpu", [CHIP]):
+        assert "reduce_precision" in str(jax.make_jaxpr(lambda: unembed_rows(head, 0, 4096))())
+        got = unembed_rows(head, 0, 4096)
+    np.testing.assert_array_equal(got.view(jnp.uint16), unembed.astype(jnp.bfloat16).view(jnp.uint16))
 
 
 def test_derivatives_where_the_gradient_of_unembed_is_not_filled_with_zeros_first():

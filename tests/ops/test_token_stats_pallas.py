@@ -148,3 +148,32 @@ def test_it_compiles_for_real_chips_and_holds_no_logits(topology, tmp_path):
         assert program["temp_bytes"] <= (512 << 20) + held, program
     cycles = [program["cycles"] for program in found if not program["masked"]]  # tiled, then the kernel
     assert cycles[2] < 0.7 * cycles[0] and cycles[3] < 0.95 * cycles[1], cycles
+
+
+FLOAT32_WEIGHTS = """if True:
+    import sys
+    import jax, jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+    from jaxlm.ops.platform import compiling_for
+    from jaxlm.ops.token_stats import token_stats
+    from jaxlm.sharding.topology import devices_of
+
+    device = devices_of(sys.argv[1])[0]
+    n, d, v = 2048, 1024, 151_936
+    shapes = ((n, d), jnp.bfloat16), ((v, d), jnp.float32), ((n,), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in shapes]
+    with compiling_for("tpu", [device]):
+        program = jax.jit(jax.grad(lambda *x: token_stats(*x).logprob.sum(), (0, 1))).lower(*arguments).compile()
+    assert f"bf16[{v},{d}]" not in program.as_text()
+    copied = 256 << 20  # of the block that the kernel is given at once
+    assert program.memory_analysis().temp_size_in_bytes < copied + (32 << 20), program.memory_analysis()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_float32_weights_are_never_held_in_bfloat16_too(topology):
+    command = [sys.executable, "-c", FLOAT32_WEIGHTS, topology]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

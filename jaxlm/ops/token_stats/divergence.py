@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.token_stats.contract import blank, check_mask, check_options
-from jaxlm.ops.token_stats.head import Head, activate, product, project, take_rows, times_log, wide_dtype
+from jaxlm.ops.token_stats.head import Head, activate, product, project, times_log, unembed_rows, wide_dtype
 from jaxlm.ops.token_stats.tiled import default_block, over_vocabulary
 from jaxlm.typing import Array, Bool, Float
 
@@ -116,7 +116,7 @@ def _logits(plan: _Plan, heads: tuple[Head, Head], start: Array | int, width: in
     found = []
     for head, soft_cap in zip(heads, plan.soft_caps):
         z, pull = jax.vjp(partial(activate, head=head, soft_cap=soft_cap), project(head, start, width))
-        found.append((z, pull, take_rows(head.unembed, start, width).astype(head.hidden.dtype)))
+        found.append((z, pull, unembed_rows(head, start, width)))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.platform import platform
 from jaxlm.ops.token_stats.contract import Output, TokenStats
 from jaxlm.typing import Array, Bool, Float, Int
 
@@ -53,7 +54,7 @@ class Gradient(NamedTuple):
 
 def project(head: Head, start: Array | int, width: int) -> Float[Array, "N C"]:
     """A block of hidden @ unembed.T + bias, accumulated in float32."""
-    block = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    block = unembed_rows(head, start, width)
     u = product(head, head.hidden, block, ((1,), (1,)))
     return u if head.bias is None else u + take_rows(head.bias, start, width).astype(u.dtype)
 
@@ -190,6 +191,15 @@ def times_log(e: Array, log_e: Array) -> Array:
 def take_rows(x: Array, start: Array | int, width: int) -> Array:
     """Rows start … start + width of x."""
     return jax.lax.dynamic_slice_in_dim(x, start, width)
+
+
+def unembed_rows(head: Head, start: Array | int, width: int) -> Float[Array, "C D"]:
+    """Rows of unembed in the dtype of hidden."""
+    rows, dtype = take_rows(head.unembed, start, width), head.hidden.dtype
+    if platform() == "tpu" and dtype == jnp.bfloat16 and rows.dtype != dtype:
+        # The same numbers. But a mere conversion libtpu moves out of the loop over blocks, to hold all of them twice.
+        return jax.lax.optimization_barrier(jax.lax.reduce_precision(rows, 8, 7).astype(dtype))
+    return rows.astype(dtype)
 
 
 def product(head: Head, a: Array, b: Array, contract: tuple) -> Array:

@@ -40,6 +40,7 @@ from jaxlm.ops.token_stats.head import (
     in_vocabulary,
     project,
     take_rows,
+    unembed_rows,
     wide_dtype,
     with_block,
 )
@@ -242,7 +243,7 @@ def _accumulate(
 
 def _block(plan: _Plan, head: Head, start: Array | int, width: int) -> Float[Array, "C D"]:
     """Rows of unembed in the dtype of hidden, whole."""
-    rows = take_rows(head.unembed, start, width).astype(head.hidden.dtype)
+    rows = unembed_rows(head, start, width)
     return rows if plan.width_axis is None else jax.lax.all_gather(rows, plan.width_axis, axis=1, tiled=True)
 
 
