@@ -150,10 +150,11 @@ def _run(
 
 
 def default_block(rows: int, width: int, wider: int = 1) -> int:
-    """Entries of a block such that the tile of logits suits the platform, of an unembed of that width."""
+    """Entries of a block of an unembed of that width, so that its tile suits the platform: a multiple of 128."""
     elements = wider * TILE_ELEMENTS.get(platform(), 1 << 20)
-    block = max(elements // max(rows, 1) // 128 * 128, LEAST_BLOCK.get(platform(), 512))
-    return min(block, MOST_BLOCK.get(platform(), 1 << 11), max(BLOCK_ELEMENTS // max(width, 1), 128))
+    suits = max(elements // max(rows, 1), LEAST_BLOCK.get(platform(), 512))
+    most = min(MOST_BLOCK.get(platform(), 1 << 11), BLOCK_ELEMENTS // max(width, 1))
+    return max(min(suits, most) // 128, 1) * 128
 
 
 def default_rows(num_tokens: int, *, masked: bool) -> int:
